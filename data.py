@@ -445,7 +445,8 @@ def dual(comparison):
 
 
 VIEWS = {"helpful": helpful, "harmless": harmless, "safe-better": safe_better, "safedpo": safedpo_transform,
-         "safety": safety_expert, "dual": dual}
+         "safety": safety_expert, "dual": dual, "cost": harmless}  # cost: the flags have to be there as well
+COST_VIEWS = {"harmless", "safety", "cost"}  # their margins are differences of costs, the others' of rewards
 
 
 def apply_view(name, comparisons):
@@ -715,6 +716,7 @@ class Batch:
     predictor: torch.Tensor  # (M,) flat position whose hidden state predicts a response token
     target: torch.Tensor     # (M,) that token
     owner: torch.Tensor      # (M,) flat index into (N, R): the response that the token belongs to
+    last: torch.Tensor       # (N, R) flat position of each response's last token
     lengths: torch.Tensor    # (N, R) response tokens
     labels: dict             # name -> (N,) float32
 
@@ -756,25 +758,27 @@ def pack(encoded, indices):
     R = encoded.bounds.shape[1] - 2
     tokens, positions, part = (np.zeros((B, T), dtype=np.int64) for _ in range(3))
     pair = np.full((B, T), -1, dtype=np.int64)
+    last = np.empty((len(indices), R), dtype=np.int64)
     predictor, target, owner = [], [], []
     for n, (index, (row, offset)) in enumerate(zip(indices, places)):
         bounds = encoded.bounds[index] - encoded.bounds[index, 0] + offset
-        start, end = bounds[0], bounds[-1]
+        start, stop = bounds[0], bounds[-1]
         prompt_length = bounds[1] - start
-        tokens[row, start:end] = encoded.tokens[encoded.bounds[index, 0]:encoded.bounds[index, -1]]
-        pair[row, start:end] = n
+        tokens[row, start:stop] = encoded.tokens[encoded.bounds[index, 0]:encoded.bounds[index, -1]]
+        pair[row, start:stop] = n
         positions[row, start:bounds[1]] = np.arange(prompt_length)
         for j in range(R):
-            first, last = bounds[j + 1], bounds[j + 2]
-            part[row, first:last] = j + 1
-            positions[row, first:last] = prompt_length + np.arange(last - first)
-            before = np.arange(first - 1, last - 1)
+            first, end = bounds[j + 1], bounds[j + 2]
+            part[row, first:end] = j + 1
+            positions[row, first:end] = prompt_length + np.arange(end - first)
+            before = np.arange(first - 1, end - 1)
             before[:1] = bounds[1] - 1
             predictor.append(row * T + before)
-            target.append(tokens[row, first:last])
-            owner.append(np.full(last - first, n * R + j))
+            target.append(tokens[row, first:end])
+            owner.append(np.full(end - first, n * R + j))
+            last[n, j] = row * T + (end if end > first else bounds[1]) - 1
     flat = (torch.from_numpy(np.concatenate(pieces)) for pieces in (predictor, target, owner))
-    return Batch(*map(torch.from_numpy, (tokens, positions, pair, part)), *flat,
+    return Batch(*map(torch.from_numpy, (tokens, positions, pair, part)), *flat, last=torch.from_numpy(last),
                  lengths=torch.from_numpy(np.diff(encoded.bounds[indices], axis=1)[:, 1:]),
                  labels={name: torch.from_numpy(values[indices]) for name, values in encoded.labels.items()})
 

@@ -20,8 +20,9 @@ import torch
 from tqdm import tqdm
 
 from data import TEMPLATES, Tokenizer, content_key, encode, judge, pack, read_rows, toy_eval_prompts
-from lora_moe import load_adapter
-from model import DTYPES, ScoreModel, Transformer, UserError, find_folder, generate, read_json, write_text
+from lora_moe import (expert_layers, load_adapter, load_experts, merge_experts, router_weights, set_routers)
+from model import (DTYPES, ScoreModel, Transformer, UserError, files_key, find_folder, generate, read_json,
+                   write_text)
 
 # name in eval.json -> (heading, which answers count, what is averaged); an answer is (Prompt, Verdict)
 FIGURES = {
@@ -92,32 +93,73 @@ def samples(answers_by_name, count=4):
     return "\n".join(lines)
 
 
+WEIGHT_FOLDERS = ("model", "adapter", "experts")  # which of them a run has depends on what it trained
+
+
 def load_policy(run):
     """The trained model of a run folder, its tokenizer and the run's settings."""
     run = Path(run)
     config = read_json(run / "config.json")
     if "lora_rank" not in config:
         raise UserError(f"{run}: not a run folder of train.py")
-    weights = run / ("adapter" if config["lora_rank"] else "model")
-    if not weights.is_dir():
-        raise UserError(f"{run}: no trained weights (no {weights.name}/); did the run finish?")
-    if config["lora_rank"]:
-        model = load_adapter(Transformer.from_pretrained(config["base"]), weights)
-    else:
-        model = Transformer.from_pretrained(weights)
+    kind = next((name for name in WEIGHT_FOLDERS if (run / name).is_dir()), None)
+    if kind is None:
+        raise UserError(f"{run}: no trained weights (no {', '.join(WEIGHT_FOLDERS)}); did the run finish?")
+    model = Transformer.from_pretrained(run / kind if kind == "model" else config["base"])
+    if kind != "model":
+        model = (load_adapter if kind == "adapter" else load_experts)(model, run / kind)
     return model, Tokenizer(model.folder, config.get("template")), config
 
 
-def evaluate_run(policy, base, tokenizer, out, split, seed, temperature):
+def merge_static(policy, weights):
+    """The plain model with the experts at fixed weights, "0.5,0.5", merged into it. Raises UserError."""
+    count = max((layer.num_experts for _, layer in expert_layers(policy)), default=0)
+    try:
+        values = [float(weight) for weight in weights.split(",")]
+    except ValueError:
+        values = []
+    if len(values) != count:
+        raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
+    return merge_experts(set_routers(policy, {"type": "constant", "weights": values}))
+
+
+def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="eval"):
     """Evaluate a policy beside its base; write eval.json and samples.txt into the run folder. Returns eval.json."""
     figures, answers = {}, {}
-    for name, model in (("base", base), ("policy", policy)):
-        figures[name], answers[name] = evaluate_toy(model, tokenizer, split, seed, temperature)
+    for who, model in (("base", base), ("policy", policy)):
+        figures[who], answers[who] = evaluate_toy(model, tokenizer, split, seed, temperature)
     report = {"policy": figures["policy"], "base": figures["base"], "split": split, "seed": seed,
               "temperature": temperature}
-    write_text(Path(out) / "eval.json", json.dumps(report, indent=2) + "\n")
-    write_text(Path(out) / "samples.txt", samples(answers, count=20) + "\n")
+    if any(layer.weights is not None and layer.weights.dim() > 1 for _, layer in expert_layers(policy)):
+        report["router"] = router_report(policy, tokenizer, toy_eval_prompts(split, seed))
+    write_text(Path(out) / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    write_text(Path(out) / f"{name.replace('eval', 'samples')}.txt", samples(answers, count=20) + "\n")
     return report, samples(answers)
+
+
+@torch.no_grad()
+def prompt_weights(model, tokenizer, prompts, batch_size=64):
+    """Router weights at the last token of each prompt, where the answer begins: (L, N, slots), float32 on the CPU."""
+    rendered = [tokenizer.render(prompt) for prompt in prompts]
+    encoded, weights = encode(tokenizer, rendered, [("",)] * len(prompts), max_len=1 << 20), []
+    for start in range(0, len(prompts), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(prompts)))
+        batch = pack(encoded, indices).to(next(model.parameters()).device)
+        model(batch.tokens, batch.positions, batch.mask())
+        weights.append(router_weights(model, batch.predictor).float().cpu())  # an empty response's EOS follows it
+    return torch.cat(weights, dim=1)
+
+
+def router_report(model, tokenizer, prompts):
+    """{layer: {"harmful": …, "safe": …}} with the median weight of each slot at the last prompt token of the toy
+    prompts of either kind (MidPO's Figure 5), and the mean entropy of the weights."""
+    weights = prompt_weights(model, tokenizer, [prompt.text for prompt in prompts])     # (L, N, slots)
+    harmful = torch.tensor([prompt.task.harmful for prompt in prompts])
+    shares = weights / weights.sum(-1, keepdim=True)
+    entropy = torch.special.entr(shares).sum(-1).mean(1).tolist()                       # (L,)
+    return {name: {"harmful": here[harmful].quantile(0.5, dim=0).tolist(),
+                   "safe": here[~harmful].quantile(0.5, dim=0).tolist(), "entropy": spread}
+            for (name, _), here, spread in zip(expert_layers(model), weights, entropy)}
 
 
 @torch.no_grad()
@@ -129,12 +171,14 @@ def score(model, tokenizer, texts, max_len=2048, batch_size=16, device="cpu"):
     for start in range(0, len(texts), batch_size):
         indices = by_length[start:start + batch_size]
         batch = pack(encoded, indices).to(device)
-        place = torch.arange(batch.pair.numel(), device=batch.pair.device)
-        pair = batch.pair.flatten()
-        last = torch.zeros(len(indices), dtype=torch.long, device=place.device)
-        last.scatter_reduce_(0, pair[pair >= 0], place[pair >= 0], "amax")  # a row's last place is its EOS
-        scores[indices] = model(batch.tokens, last, batch.positions, batch.mask()).cpu()
+        scores[indices] = model(batch.tokens, batch.last[:, 0], batch.positions, batch.mask()).cpu()
     return scores.tolist()
+
+
+def load_judge(name_or_dir, template=None, dtype="float32", device="cpu"):
+    """(score model, its own tokenizer). template None: alpaca for safe-rlhf's models, else the tokenizer's own."""
+    model = ScoreModel.from_pretrained(name_or_dir, DTYPES[dtype], device).eval()
+    return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))
 
 
 BLOCK = 256  # rows that are scored, written and kept together
@@ -151,13 +195,10 @@ def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dt
     if not path.is_file():
         raise UserError(f"--score {path}: no such file")
     folders = {name: find_folder(model) for name, model in models.items()}
-    # Weights are told apart by name, size and time: to read gigabytes for this would take as long as to score
-    weights = [(name, str(file), file.stat().st_size, file.stat().st_mtime_ns) for name, folder in folders.items()
-               for file in sorted(folder.iterdir()) if file.is_file()]
+    weights = [(name, files_key(folder)) for name, folder in folders.items()]
     key = content_key([path], weights, template, max_len, dtype, skip_bad_rows)
     for name, folder in folders.items():
-        model = ScoreModel.from_pretrained(folder, DTYPES[dtype], device).eval()
-        judges[name] = model, Tokenizer(folder, template)
+        judges[name] = load_judge(folder, template, dtype, device)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.{key[:12]}.partial")
     partial.touch()
@@ -197,6 +238,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="*", help="run folders of train.py")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--static", help="merge the experts of the runs at these fixed weights instead: 0.5,0.5")
     parser.add_argument("--score", help="preference file whose responses are scored; needs --out and a model")
     parser.add_argument("--out", help="where --score writes the rows with their scores")
     parser.add_argument("--reward_model", help="score model of helpfulness: a folder or hub id")
@@ -222,10 +264,13 @@ def main(argv=None):
         policy, tokenizer, config = load_policy(run)
         if config["model"] != "toy":
             raise UserError(f"{run}: only the toy world has a judge here; this run is about {config['model']}")
+        if args.static:
+            policy = merge_static(policy, args.static)
         base = Transformer.from_pretrained(config["base"])
-        report, _ = evaluate_run(policy, base, tokenizer, run, args.split, config["seed"], args.temperature)
+        report, _ = evaluate_run(policy, base, tokenizer, run, args.split, config["seed"], args.temperature,
+                                 f"eval-static-{args.static}" if args.static else "eval")
         rows.setdefault("base", report["base"])
-        rows[str(run)] = report["policy"]
+        rows[f"{run} at {args.static}" if args.static else str(run)] = report["policy"]
     print(table(rows))
 
 

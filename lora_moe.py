@@ -1,11 +1,11 @@
-"""LoRA experts over a frozen model: K low-rank pairs per linear layer, evaluated in two matrix products.
+"""LoRA experts over a frozen model, K low-rank pairs per linear layer in two matrix products, and their routers.
 
 With every expert a pair (A_k: R×D_in, B_k: D_out×R), stacked to A: (K·R)×D_in and B: D_out×(K·R),
 
     W x + scale · Σ_k w_k B_k A_k x  =  W x + scale · B (w̃ ⊙ (A x)),   w̃ repeating each w_k R times.
 
 One expert with w = 1 is plain LoRA (arXiv 2106.09685); w = 0 is the reference policy. Where w comes from is
-the router's business. Letters in shape comments: K experts, R rank, D width.
+the router's business. Letters in shape comments: K experts, R rank, D width, L wrapped layers.
 """
 import json
 import math
@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from model import UserError, first_line, read_json, replacing_folder, stored_name
+from model import ACTIVATIONS, UserError, first_line, read_json, replacing_folder, stored_name
+
+
+def seeded_linear(d_in, d_out, bias, generator):
+    """A linear layer whose parameters are drawn by this generator from ±1/sqrt(D_in), PyTorch's own range."""
+    layer = nn.Linear(d_in, d_out, bias=bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
+    return layer
 
 
 class ConstantRouter(nn.Module):
@@ -33,11 +42,71 @@ class ConstantRouter(nn.Module):
         return self.weights
 
 
+class SigmoidRouter(nn.Module):
+    """MidPO's router (arXiv 2506.02460, Section 3.2): for each expert σ of a network D_in → hidden → D_in → 1.
+
+    Weights are dense and apart: they need not sum to 1. activation: a name in ACTIVATIONS that stands between the
+    layers; the default "" is the paper's linear chain, which is multiplied from its last layer backwards: W3 W2 W1
+    is one vector, so a token costs one dot product instead of 2 · hidden · D_in multiplications and no memory.
+    """
+
+    def __init__(self, d_in, num_experts, generator=None, hidden=512, activation=""):
+        super().__init__()
+        self.networks = nn.ModuleList(
+            nn.ModuleList([seeded_linear(d_in, hidden, True, generator), seeded_linear(hidden, d_in, True, generator),
+                           seeded_linear(d_in, 1, True, generator)]) for _ in range(num_experts))
+        self.activation = ACTIVATIONS[activation] if activation else None
+
+    def chain(self, network):
+        """(vector, bias) with vector · x + bias = the three layers, one after the other: (1, D_in), (1,)."""
+        vector, bias = network[2].weight, network[2].bias
+        for layer in (network[1], network[0]):
+            vector, bias = vector @ layer.weight, bias + vector @ layer.bias
+        return vector, bias
+
+    def forward(self, x):
+        if self.activation is None:
+            vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))  # (K, D_in), (K,)
+            return F.linear(x, vectors.to(x.dtype), biases.to(x.dtype)).float().sigmoid()           # (..., K)
+        scores = []
+        for first, second, last in self.networks:
+            inner = self.activation(F.linear(x, first.weight.to(x.dtype), first.bias.to(x.dtype)))
+            inner = self.activation(F.linear(inner, second.weight.to(x.dtype), second.bias.to(x.dtype)))
+            scores.append(F.linear(inner, last.weight.to(x.dtype), last.bias.to(x.dtype)))
+        return torch.cat(scores, dim=-1).float().sigmoid()
+
+
+class SoftmaxRouter(nn.Module):
+    """PMoL's router (arXiv 2411.01245): softmax(W x / temperature) over K experts and the empty one, the last slot.
+
+    The empty expert computes nothing, so the real experts' weights sum to less than 1. empty=False leaves it out.
+    """
+
+    def __init__(self, d_in, num_experts, generator=None, empty=True, temperature=1.0):
+        super().__init__()
+        self.linear = seeded_linear(d_in, num_experts + empty, False, generator)
+        self.temperature = temperature
+
+    def forward(self, x):
+        return (F.linear(x, self.linear.weight.to(x.dtype)).float() / self.temperature).softmax(-1)
+
+
+def make_router(spec, d_in, num_experts, generator=None):
+    """The router that a specification names: {"type": "constant" | "sigmoid" | "softmax", …its settings}."""
+    settings = {name: value for name, value in spec.items() if name != "type"}
+    if spec["type"] == "constant":
+        return ConstantRouter(settings.get("weights", [1.0] * num_experts))
+    return {"sigmoid": SigmoidRouter, "softmax": SoftmaxRouter}[spec["type"]](d_in, num_experts, generator, **settings)
+
+
 class ExpertLinear(nn.Module):
     """A frozen linear layer plus K stacked LoRA experts, weighted by a router.
 
     A is drawn uniformly from ±1/sqrt(D_in), PEFT's default, and B is zero, so that training starts at the base
-    model. scale = alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732).
+    model. scale = alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732); it applies under every router
+    (MidPO's official router model leaves out the factor that its experts were trained with).
+    `weights` holds what the router gave in the last forward pass, (..., K) or with an empty expert (..., K + 1), for
+    losses and reports: no second pass is needed.
     """
 
     def __init__(self, base, rank, alpha, num_experts=1, router=None, rslora=False, generator=None):
@@ -50,13 +119,15 @@ class ExpertLinear(nn.Module):
         lora_A = torch.empty(num_experts * rank, base.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(lora_A.to(base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, num_experts * rank, device=base.weight.device))
-        self.enabled = True
+        self.enabled, self.weights = True, None
 
     def forward(self, x):
         if not self.enabled:
             return self.base(x)
-        weights = self.router(x).repeat_interleave(self.rank, dim=-1) * self.scale      # (..., K·R)
-        low = F.linear(x, self.lora_A.to(x.dtype)) * weights.to(x.dtype)                # (..., K·R)
+        self.weights = self.router(x)                                                   # (..., K) or (..., K + 1)
+        weights = self.weights[..., :self.num_experts, None] * self.scale               # (..., K, 1)
+        low = F.linear(x, self.lora_A.to(x.dtype)).unflatten(-1, (self.num_experts, self.rank))
+        low = (low * weights.to(x.dtype)).flatten(-2)                                   # (..., K·R)
         return self.base(x) + F.linear(low, self.lora_B.to(x.dtype))
 
     def merged_weight(self):
@@ -73,8 +144,15 @@ def expert_layers(model):
             yield name, module
 
 
-def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0):
+def router_weights(model, kept):
+    """What the routers gave in the last forward pass: (L, tokens, slots). kept: flat positions, or (B·T,) bool."""
+    return torch.stack([layer.weights.flatten(0, -2)[kept] for _, layer in expert_layers(model)])
+
+
+def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0, router=None):
     """Freeze the model and wrap every linear layer that `targets` selects. Returns the model.
+
+    router: a specification for `make_router`; default: constant weights of 1.
 
     targets: a list of layer names ("down_proj", "mlp.up_proj"), "all-linear" (every one but the head), or a
     regular expression that matches whole module names, as PEFT reads it. Raises UserError when a target
@@ -86,6 +164,16 @@ def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
         wrap_linear(model, name, rank, alpha, num_experts, rslora=rslora, generator=generator)
+    return set_routers(model, router or {"type": "constant"}, seed)
+
+
+def set_routers(model, spec, seed=0):
+    """Give every wrapped layer a fresh router; experts stay as they are. Returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in expert_layers(model):
+        router = make_router(spec, layer.base.in_features, layer.num_experts, generator)
+        layer.router = router.to(layer.base.weight.device)
+    model.router_spec = spec
     return model
 
 
@@ -233,49 +321,107 @@ def read_adapter_config(path):
     return config
 
 
-@torch.no_grad()
-def load_adapter(model, folder):
-    """Wrap the model with the adapter in a folder (PEFT's format) and load its weights. Returns the model.
+def read_tensors(path):
+    """{name: tensor} of a safetensors file. Raises UserError when it is not there or not whole."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: broken or cut short ({first_line(error)})") from None
+
+
+def read_adapter(model, folder):
+    """{name of our layer: (A, B, alpha, rslora)} of an adapter in PEFT's format.
 
     Raises UserError naming the setting or the tensor when the adapter does not fit the model.
     """
     folder = Path(folder)
     config = read_adapter_config(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: broken or cut short ({first_line(error)})") from None
-    assert not any(True for _ in expert_layers(model)), "the model has experts already; merge_experts(model) first"
-    modules = peft_modules(model)
-    chosen = select_modules(config["target_modules"], modules)
-    pairs = {}
-    for theirs in chosen:
+    tensors, modules, layers = read_tensors(path), peft_modules(model), {}
+    for theirs in select_modules(config["target_modules"], modules):
         rank = pattern_value(config.get("rank_pattern"), theirs, config["r"])
+        alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"])
         bases = [model.get_submodule(name) for name in modules[theirs]]
         wanted = {"lora_A": (rank, bases[0].in_features), "lora_B": (sum(b.out_features for b in bases), rank)}
+        found = {}
         for key, shape in wanted.items():
             name = f"base_model.model.{theirs}.{key}.weight"
             if name not in tensors:
                 raise UserError(f"{path}: tensor {name} is missing")
             if tensors[name].shape != shape:
                 raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {shape}")
-            pairs[theirs, key] = tensors.pop(name)
+            found[key] = tensors.pop(name)
+        for name, part in zip(modules[theirs], found["lora_B"].chunk(len(modules[theirs]))):
+            layers[name] = found["lora_A"], part, alpha, config.get("use_rslora", False)
     if tensors:
         raise UserError(f"{path}: unexpected tensor {min(tensors)}")
+    return layers
+
+
+@torch.no_grad()
+def load_adapter(model, *folders):
+    """Wrap the model with the adapters in these folders (PEFT's format), one expert each. Returns the model.
+
+    Raises UserError when one does not fit the model, or they differ in layers, rank or alpha.
+    """
+    assert not any(True for _ in expert_layers(model)), "the model has experts already; merge_experts(model) first"
+    adapters = [read_adapter(model, folder) for folder in folders]
+    shapes = [{name: (len(A), *scaling) for name, (A, _, *scaling) in layers.items()} for layers in adapters]
+    for folder, shape in zip(folders, shapes):
+        if shape != shapes[0]:
+            raise UserError(f"{folder}: its layers, rank or alpha differ from those of {folders[0]}")
     model.requires_grad_(False)
-    for theirs in chosen:
-        A, B = pairs[theirs, "lora_A"], pairs[theirs, "lora_B"]
-        alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"])
-        for name, part in zip(modules[theirs], B.chunk(len(modules[theirs]))):
-            layer = wrap_linear(model, name, len(A), alpha, rslora=config.get("use_rslora", False))
-            layer.lora_A.copy_(A)
-            layer.lora_B.copy_(part)
+    for name, (rank, alpha, rslora) in shapes[0].items():
+        layer = wrap_linear(model, name, rank, alpha, len(folders), rslora=rslora)
+        layer.lora_A.copy_(torch.cat([layers[name][0] for layers in adapters]))
+        layer.lora_B.copy_(torch.cat([layers[name][1] for layers in adapters], dim=1))
+    model.router_spec = {"type": "constant"}
     return model
 
 
 def pattern_value(patterns, module, default):
     """PEFT's per-layer exceptions: the value of the first key that matches the end of the module's name."""
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def is_mixture(name):
+    """Whether a tensor of the model belongs to its experts, routers or gate, and not to the base."""
+    return "lora_" in name or ".router." in name or name.startswith("gate.")
+
+
+def save_experts(model, folder):
+    """Write a mixture: experts.json says what it is, experts.safetensors holds its experts, routers and gate."""
+    layers = dict(expert_layers(model))
+    first = next(iter(layers.values()))
+    config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
+              "alpha": first.alpha, "rslora": first.rslora, "router": model.router_spec}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
+    with replacing_folder(folder) as partial:
+        (partial / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, partial / "experts.safetensors")
+
+
+@torch.no_grad()
+def load_experts(model, folder):
+    """Wrap the model with the mixture that `save_experts` wrote. Returns the model.
+
+    Raises UserError naming the setting or the tensor when the mixture does not fit the model.
+    """
+    folder = Path(folder)
+    path, config = folder / "experts.safetensors", read_json(folder / "experts.json")
+    tensors = read_tensors(path)
+    try:
+        add_experts(model, config["layers"], config["rank"], config["alpha"], config["num_experts"], config["rslora"],
+                    router=config["router"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'experts.json'}: {first_line(error)} is missing or unknown") from None
+    for name, tensor in model.state_dict().items():
+        if is_mixture(name):
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise UserError(f"{path}: {name} is missing or not of shape {tuple(tensor.shape)}")
+            tensor.copy_(tensors.pop(name))
+    if tensors:
+        raise UserError(f"{path}: unexpected tensor {min(tensors)}")
+    return model

@@ -74,6 +74,41 @@ def safedpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, chose
     return preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, offset, label_smoothing)
 
 
+def spe_dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, margin, beta, label_smoothing=0.0):
+    """SPE-DPO: −log σ(Δr − m) with m = max(0, s(chosen) − s(rejected)) (arXiv 2506.02460, Section 3.1).
+
+    margin: (N,), m in units of the score model, never negative: `data.ordered` clips it. 0 is DPO.
+    """
+    loss, figures = preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, margin,
+                                    label_smoothing)
+    return loss, {**figures, "score_margin": margin.mean(), "score_clipped": (margin == 0).float().mean()}
+
+
+def router_l1(safety, helpfulness):
+    """MidPO's L1 term: mean over layers and tokens of |α| + |γ − 1| (arXiv 2506.02460, Section 3.2).
+
+    safety α, helpfulness γ: (L, tokens), the weights of the two experts. It pulls to "helpfulness on, safety off".
+    """
+    return (safety.abs() + (helpfulness - 1).abs()).mean()
+
+
+def reward_loss(chosen, rejected):
+    """Bradley–Terry: −log σ(s(chosen) − s(rejected)) (arXiv 2203.02155, Eq. 1). Scores (N,). Returns (loss, figures)."""
+    margin = chosen - rejected
+    return -F.logsigmoid(margin).mean(), {"accuracy": (margin > 0).float().mean(), "margin": margin.detach().mean()}
+
+
+def cost_loss(safer, other, safer_unsafe, other_unsafe):
+    """Bradley–Terry on which response is the more unsafe, plus −log σ(sign · c) for each response, sign being +1 where
+    it is unsafe and −1 where it is safe (arXiv 2310.12773, Eq. 6): c > 0 comes to mean unsafe.
+
+    safer, other: costs (N,); safer_unsafe, other_unsafe: (N,) flags, 1 for unsafe. Returns (loss, figures).
+    """
+    signed = torch.cat([safer * (2 * safer_unsafe - 1), other * (2 * other_unsafe - 1)])  # (2N,)
+    loss, figures = reward_loss(other, safer)
+    return loss - 2 * F.logsigmoid(signed).mean(), {**figures, "sign_accuracy": (signed > 0).float().mean()}
+
+
 def sft_loss(logps, lengths):
     """Cross-entropy per response token: −Σ log π(y|x) / Σ |y|. logps, lengths: (N,). Returns (loss, figures)."""
     loss = -logps.sum() / lengths.sum().clamp(min=1)

@@ -7,6 +7,7 @@ checkpoint's tensors go where their names say; only GPT-2's are renamed, in `sto
 Read in this order: ModelConfig, the layers, Transformer, ScoreModel, generate, then loading and saving.
 Letters in shape comments: B rows, T tokens per row, S keys, D width, V vocabulary, H heads, C head width.
 """
+import hashlib
 import json
 import math
 import os
@@ -509,6 +510,16 @@ class ScoreModel(nn.Module):
     from_pretrained = classmethod(Transformer.from_pretrained.__func__)
     save_pretrained = Transformer.save_pretrained
 
+    @classmethod
+    def from_policy(cls, policy):
+        """A score model to be trained, on the trunk of a Transformer; its head is zero, so every score is."""
+        with torch.device("meta"):
+            model = cls(policy.config)
+        model.model, model.folder, weight = policy.model, policy.folder, policy.model.embed_tokens.weight
+        model.score = nn.Linear(policy.config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
+        nn.init.zeros_(model.score.weight)
+        return model
+
 
 def sample(logits, temperature, top_p, uniform):
     """One token per row, (B, V) -> (B,): greedy at temperature 0, else the token at which the running sum of
@@ -631,6 +642,14 @@ def find_folder(name_or_dir):
     except (HTTPError, OSError) as error:  # OSError: LocalEntryNotFoundError, when offline, is one
         raise UserError(f"{name}: not a folder here, and the hub did not answer ({first_line(error)})") from None
     return find_folder(found)
+
+
+def files_key(path):
+    """A name for a file or the files of a folder by their names, sizes and times: to read gigabytes would take long."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest()
 
 
 def read_config(folder):

@@ -152,23 +152,23 @@ def test_an_offline_hub_and_an_unknown_source_are_one_line(monkeypatch):
 
 # (better, safer, response 0 unsafe, response 1 unsafe) -> what is chosen in each view, by hand; - is dropped
 TRUTH = """
-b s u0 u1  helpful harmless safe-better safedpo safety dual
-0 0  0  0  0       0        0           0       -      0
-0 1  0  0  0       1        0           0       -      -
-1 0  0  0  1       0        1           1       -      -
-1 1  0  0  1       1        1           1       -      1
-0 0  0  1  0       0        0           0       0      -
-0 1  0  1  0       1        0           0       1      -
-1 0  0  1  1       0        -           0       0      -
-1 1  0  1  1       1        -           0       1      -
-0 0  1  0  0       0        -           1       0      -
-0 1  1  0  0       1        -           1       1      -
-1 0  1  0  1       0        1           1       0      -
-1 1  1  0  1       1        1           1       1      -
-0 0  1  1  0       0        -           -       -      -
-0 1  1  1  0       1        -           -       -      -
-1 0  1  1  1       0        -           -       -      -
-1 1  1  1  1       1        -           -       -      -
+b s u0 u1  helpful harmless safe-better safedpo safety dual cost
+0 0  0  0  0       0        0           0       -      0    0
+0 1  0  0  0       1        0           0       -      -    1
+1 0  0  0  1       0        1           1       -      -    0
+1 1  0  0  1       1        1           1       -      1    1
+0 0  0  1  0       0        0           0       0      -    0
+0 1  0  1  0       1        0           0       1      -    1
+1 0  0  1  1       0        -           0       0      -    0
+1 1  0  1  1       1        -           0       1      -    1
+0 0  1  0  0       0        -           1       0      -    0
+0 1  1  0  0       1        -           1       1      -    1
+1 0  1  0  1       0        1           1       0      -    0
+1 1  1  0  1       1        1           1       1      -    1
+0 0  1  1  0       0        -           -       -      -    0
+0 1  1  1  0       1        -           -       -      -    1
+1 0  1  1  1       0        -           -       -      -    0
+1 1  1  1  1       1        -           -       -      -    1
 """
 
 
@@ -394,7 +394,7 @@ def test_a_second_run_takes_its_tokens_from_the_cache_until_an_input_changes(bas
     def load_with(*flags):
         calls.clear()
         config = train.parse_flags(["--model", base, "--data", str(file), "--held_out", "0.2", *flags])
-        return train.load_data(config, data.Tokenizer(base, config.template), 2), len(calls)
+        return train.load_data(config, data.Tokenizer(base, config.template)), len(calls)
 
     (first, held_out), times = load_with()
     assert times == 2
