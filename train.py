@@ -22,18 +22,19 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import losses
-from data import (SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key, encode, encode_pairs, flip_labels,
-                  load_comparisons, load_encoded, make_toy_tokenizer, pack, save_encoded, source_files,
-                  toy_comparisons, toy_demonstrations)
-from eval import Parser, evaluate_run, table
-from lora_moe import add_experts, save_adapter, trainable_parameters
+from data import (COST_VIEWS, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key, encode,
+                  encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack, read_rows,
+                  save_encoded, source_files, toy_comparisons, toy_demonstrations)
+from eval import WEIGHT_FOLDERS, Parser, evaluate_run, load_judge, score, table
+from lora_moe import (add_experts, expert_layers, is_mixture, load_adapter, merge_experts, router_weights, save_adapter,
+                      save_experts, set_routers, trainable_parameters)
 from lora_moe import reference as without_experts
 from losses import sequence_logps
-from model import (DTYPES, ModelConfig, Transformer, UserError, find_folder, read_json, replacing_file,
-                   replacing_folder, write_text)
+from model import (ACTIVATIONS, DTYPES, ModelConfig, ScoreModel, Transformer, UserError, files_key, find_folder,
+                   read_config, read_json, replacing_file, replacing_folder, write_text)
 
 # ---------------------------------------------------------------------------------------------------------
-# Methods: what each one trains on, and its loss
+# Methods: the losses with their settings filled in, what they are functions of, what is trained, and the table
 
 
 def sft(logps, reference, batch, config):
@@ -49,18 +50,154 @@ def safedpo(logps, reference, batch, config):
                                config.beta, config.delta, config.label_smoothing)
 
 
+def spe_dpo(logps, reference, batch, config):
+    return losses.spe_dpo_loss(*logps.T, *reference.T, batch.labels["margin"], config.beta, config.label_smoothing)
+
+
+def midpo(outputs, reference, batch, config):
+    logps, weights = outputs                             # weights: (L, tokens, 2), of the safety and helpfulness expert
+    loss, figures = dpo(logps, reference, batch, config)
+    safety, helpfulness = weights.unbind(-1)
+    l1 = losses.router_l1(safety, helpfulness)
+    return loss + config.router_l1 * l1, {**figures, "router/l1": l1.detach(), "router/safety": safety.detach().mean(),
+                                          "router/helpfulness": helpfulness.detach().mean()}
+
+
+def reward(scores, reference, batch, config):
+    return losses.reward_loss(*scores.T)
+
+
+def cost(scores, reference, batch, config):
+    return losses.cost_loss(*scores.T, batch.labels["chosen_unsafe"], batch.labels["rejected_unsafe"])
+
+
+# What the losses are functions of
+
+
+def policy_logps(model, batch):
+    """(N, R) log-probabilities of a packed batch: one forward pass."""
+    return sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
+
+
+def routed_logps(model, batch):
+    """The same, and the router weights of that very pass at every token of the batch: (L, tokens, slots)."""
+    return policy_logps(model, batch), router_weights(model, batch.pair.flatten() >= 0)
+
+
+def response_scores(model, batch):
+    """(N, R) scores of a packed batch, each read at its response's last token."""
+    return model(batch.tokens, batch.last.flatten(), batch.positions, batch.mask()).view(batch.shape)
+
+
+# What is trained: config and the base model -> the model with the trainable parameters marked
+
+
+def policy(config, model):
+    """All weights, or one LoRA expert: a fresh one, or --init_adapter."""
+    if config.init_adapter:
+        return load_adapter(model, *config.init_adapter.split(","))
+    return add_lora(config, model) if config.lora_rank else model
+
+
+def add_lora(config, model, num_experts=1, router=None):
+    targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
+    return add_experts(model, targets, config.lora_rank, config.lora_alpha, num_experts, seed=config.seed, router=router)
+
+
+def score_model(config, model):
+    """The base model's trunk under a scalar head."""
+    model = ScoreModel.from_policy(model)
+    if config.lora_rank:
+        add_lora(config, model).score.requires_grad_(True)
+    return model
+
+
+def routed_pair(config, model):
+    """The safety and the helpfulness expert, frozen, under routers to be trained."""
+    for _, layer in expert_layers(load_adapter(model, *config.init_adapter.split(","))):
+        layer.lora_A.requires_grad_(False)
+        layer.lora_B.requires_grad_(False)
+    return set_routers(model, {"type": "sigmoid", "hidden": config.router_hidden,
+                               "activation": config.router_activation}, config.seed)
+
+
+# What has to be trained before: config -> the settings of one run after the other; each result becomes a setting
+
+
+# What a run passes on to its stages; the rest, such as the learning rate, is the stage's own default
+SHARED = ("model", "data", "template", "max_len", "held_out", "flip_safety", "flip_preference", "skip_bad_rows",
+          "lora_targets", "max_steps", "batch_size", "grad_accum", "warmup", "grad_clip", "seed", "dtype", "device",
+          "compile", "checkpointing", "resume", "save_every", "log_every", "eval_every", "eval_split", "temperature",
+          "wandb", "score_template")
+
+
+def stage(config, method, name, *also, **changes):
+    """The settings of a run in a folder under this run's. also: names of further settings that are passed on."""
+    passed = {setting: getattr(config, setting) for setting in (*SHARED, *also)}
+    passed["resume"] = config.resume and (Path(config.out) / name / "checkpoint").is_dir()
+    return resolve(Config(method=method, out=f"{config.out}/{name}", **passed, **changes))
+
+
+def carries_score(config, name):
+    """Whether the rows of the data have this score already."""
+    return config.data != "toy" and name in (next(read_rows(source_files(config.data)[0]))[0]["scores"] or ())
+
+
+def score_stages(config, wanted):
+    """A reward or cost model for each that is wanted and not given, unless the comparisons carry scores."""
+    for name in wanted:
+        if not getattr(config, f"{name}_model") and not carries_score(config, name):
+            yield stage(config, name, name)
+            setattr(config, f"{name}_model", f"{config.out}/{name}/model")
+
+
+def margin_stages(config):
+    """SPE-DPO's margins on toy come from a score model that is trained first; elsewhere the user says from what."""
+    return score_stages(config, ["cost" if config.view in COST_VIEWS else "reward"] if config.data == "toy" else [])
+
+
+def midpo_stages(config):
+    """MidPO: reward and cost model, safety expert, helpfulness expert; the run itself is then the router's."""
+    if config.init_adapter:
+        return
+    yield from score_stages(config, ["reward", "cost"])
+    for view in ("safety", "helpful"):
+        yield stage(config, "spe-dpo", view, "lora_rank", "lora_alpha", "beta", "label_smoothing", "reward_model",
+                    "cost_model", view=view)
+    config.init_adapter = f"{config.out}/safety/adapter,{config.out}/helpful/adapter"
+
+
 @dataclass(frozen=True)
 class Method:
-    """loss(logps (N, R), reference (N, R), batch, config) -> (mean loss, figures); R responses to a prompt."""
+    """A view of the comparisons × what is trained × a loss, and the settings that differ from PAPER and TOY.
+
+    loss(forward(model, batch), reference (N, R), batch, config) -> (mean loss, figures); R responses to a prompt.
+    """
     view: str
     loss: Callable
-    responses: int = 2            # 1: only the chosen response is trained on, and there is no reference
+    forward: Callable = policy_logps
+    build: Callable = policy
+    responses: int = 2            # 1: only the chosen response is trained on
+    reference: bool = True        # whether the loss compares with the reference policy
+    margins: bool = False         # whether pairs need margins of a score model
+    stages: Callable = lambda config: ()
+    paper: dict = field(default_factory=dict)
+    toy: dict = field(default_factory=dict)
 
 
 METHODS = {
-    "sft": Method("helpful", sft, responses=1),
+    "sft": Method("helpful", sft, responses=1, reference=False),
     "dpo": Method("helpful", dpo),
     "safedpo": Method("safedpo", safedpo),
+    "reward": Method("helpful", reward, response_scores, score_model, reference=False,
+                     paper={"lr": 2e-5, "lora_rank": 0}, toy={"lr": 3e-4, "lora_rank": 0}),
+    "cost": Method("cost", cost, response_scores, score_model, reference=False,
+                   paper={"lr": 2e-5, "lora_rank": 0}, toy={"lr": 3e-4, "lora_rank": 0}),
+    "spe-dpo": Method("safety", spe_dpo, margins=True, stages=margin_stages,
+                      paper={"lora_rank": 16, "weight_decay": 0.01}),
+    "midpo": Method("dual", midpo, routed_logps, routed_pair, stages=midpo_stages,
+                    paper={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
+                    toy={"weight_decay": 0.0, "lr": 1e-3, "epochs": 3, "router_hidden": 64}),
 }
 
 # ---------------------------------------------------------------------------------------------------------
@@ -89,10 +226,17 @@ class Config:
     beta: float = flag(0.1, "KL strength: reward = beta · log-ratio to the reference")
     delta: float = flag(10.0, "SafeDPO's offset on safe/unsafe pairs, in units of reward")
     label_smoothing: float = flag(0.0, "share of labels taken to be wrong (conservative DPO)")
+    reward_model: str = flag("", "score model of helpfulness, for SPE-DPO's margins: a folder or hub id")
+    cost_model: str = flag("", "score model of harm, more than 0 being unsafe: a folder or hub id")
+    score_template: str = flag(None, "prompt format of the score models (default: their own)", ("chat", *TEMPLATES))
+    router_l1: float = flag(0.001, "weight of MidPO's L1 term |safety| + |helpfulness - 1|; 0 switches it off")
     # what is trained
     lora_rank: int = flag(None, "rank of the LoRA expert; 0 trains all weights (default: 0; 16 on toy)")
     lora_alpha: float = flag(None, "LoRA scale is alpha / rank (default: 2 · rank)")
-    lora_targets: str = flag("down_proj", "layers that carry the expert: names with commas, or all-linear")
+    lora_targets: str = flag("down_proj", "layers that carry experts: names with commas, or all-linear")
+    init_adapter: str = flag("", "adapter to start from; for midpo the safety and the helpfulness expert, with a comma")
+    router_hidden: int = flag(None, "d_r, the width inside MidPO's routers (default: 512; 64 on toy)")
+    router_activation: str = flag("", "between the layers of MidPO's routers (default: none)", ("", *ACTIVATIONS))
     # the optimiser
     epochs: int = flag(None, "passes over the pairs (default: 3; 2 on toy)")
     max_steps: int = flag(0, "stop after this many optimiser steps; 0 means never early")
@@ -100,7 +244,7 @@ class Config:
     grad_accum: int = flag(1, "forward passes per optimiser step")
     lr: float = flag(None, "peak learning rate (default: 1e-6 for all weights, 1e-5 for LoRA; larger on toy)")
     warmup: float = flag(0.03, "share of the steps in which the learning rate rises; then it falls as a cosine")
-    weight_decay: float = flag(0.05, "AdamW's, on matrices")
+    weight_decay: float = flag(None, "AdamW's, on matrices (default: 0.05; for spe-dpo 0.01, for midpo 0)")
     grad_clip: float = flag(1.0, "largest gradient norm; 0 means no clipping")
     seed: int = flag(0, "of everything random: data, order, weights, sampling")
     # the machine
@@ -119,8 +263,9 @@ class Config:
 
 
 # The papers' settings (arXiv 2505.20065, 2506.02460), and those chosen on the toy world's development split.
-PAPER = {"epochs": 3, "lora_rank": 0, "lr": {"all weights": 1e-6, "LoRA": 1e-5}}
-TOY = {"epochs": 2, "lora_rank": 16, "lr": {"all weights": 1.6e-5, "LoRA": 1.6e-4}}
+PAPER = {"epochs": 3, "lora_rank": 0, "lr": {"all weights": 1e-6, "LoRA": 1e-5}, "weight_decay": 0.05,
+         "router_hidden": 512}
+TOY = {**PAPER, "epochs": 2, "lora_rank": 16, "lr": {"all weights": 1.6e-5, "LoRA": 1.6e-4}}
 TOY_COMPARISONS = 3000
 
 
@@ -136,17 +281,21 @@ def resolve(config):
         near = difflib.get_close_matches(config.data, SOURCES, 1)
         raise UserError(f"--data {config.data}: neither a file or folder here nor one of toy, {', '.join(SOURCES)}"
                         + (f"; did you mean {near[0]}?" if near else ""))
+    method = METHODS[config.method]
     config.out = config.out or f"out/{config.method}"
-    config.view = config.view or METHODS[config.method].view
-    preset = TOY if config.model == "toy" else PAPER
-    config.lora_rank = preset["lora_rank"] if config.lora_rank is None else config.lora_rank
+    config.view = config.view or method.view
+    preset = {**PAPER, **method.paper} if config.model != "toy" else {**TOY, **method.paper, **method.toy}
+    for name, value in preset.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    if isinstance(config.lr, dict):
+        config.lr = config.lr["LoRA" if config.lora_rank else "all weights"]
     config.lora_alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    config.epochs = preset["epochs"] if config.epochs is None else config.epochs
-    config.lr = preset["lr"]["LoRA" if config.lora_rank else "all weights"] if config.lr is None else config.lr
     for name, smallest in (("delta", 0), ("label_smoothing", 0), ("lora_rank", 0), ("max_steps", 0), ("warmup", 0),
                            ("weight_decay", 0), ("grad_clip", 0), ("save_every", 0), ("eval_every", 0),
-                           ("temperature", 0), ("seed", 0), ("held_out", 0), ("flip_safety", 0), ("flip_preference", 0),
-                           ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("log_every", 1), ("max_len", 8)):
+                           ("temperature", 0), ("seed", 0), ("router_l1", 0), ("held_out", 0), ("flip_safety", 0), ("flip_preference", 0),
+                           ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("log_every", 1), ("max_len", 8),
+                           ("router_hidden", 1)):
         if getattr(config, name) < smallest:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least {smallest}")
     for name in ("beta", "lr", "lora_alpha"):
@@ -226,7 +375,7 @@ def fingerprint(model, encoded, config):
     """A name for everything that the reference log-probabilities depend on: weights, tokens and precision."""
     digest = hashlib.blake2b(config.dtype.encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
-        if "lora_" in name:
+        if is_mixture(name):
             continue  # the reference policy is the model without its experts
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -251,8 +400,8 @@ def reference_logps(model, encoded, config, out, name="reference"):
     rows = 4 * config.batch_size
     for start in tqdm(range(0, len(encoded), rows), desc="reference", unit="batch", leave=False):
         indices = by_length[start:start + rows]
-        with without_experts(model):
-            logps[indices] = batch_logps(model, pack(encoded, indices).to(config.device), config).cpu()
+        with without_experts(model), precision(config):
+            logps[indices] = policy_logps(model, pack(encoded, indices).to(config.device)).cpu()
     for old in Path(out).glob(f"{name}-*.safetensors"):
         old.unlink()
     with replacing_file(path) as temporary:
@@ -260,12 +409,19 @@ def reference_logps(model, encoded, config, out, name="reference"):
     return logps
 
 
-def batch_logps(model, batch, config):
-    """(N, R) log-probabilities of a packed batch: one forward pass."""
+def precision(config):
+    """The context of a forward pass: --dtype."""
     device = torch.device(config.device).type
-    lower = torch.autocast(device, DTYPES[config.dtype]) if config.dtype != "float32" else nullcontext()
-    with lower:
-        return sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
+    return torch.autocast(device, DTYPES[config.dtype]) if config.dtype != "float32" else nullcontext()
+
+
+def batch_loss(model, encoded, indices, reference, config):
+    """The method's (loss, figures) on the pairs with these indices: one forward pass."""
+    method, batch = METHODS[config.method], pack(encoded, indices).to(config.device)
+    with precision(config):
+        outputs = method.forward(model, batch)
+    known = None if reference is None else reference[indices].to(config.device)
+    return method.loss(outputs, known, batch, config)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -312,9 +468,7 @@ def measure(model, encoded, reference, config):
     rows = 4 * config.batch_size  # without a backward pass there is room for more
     for start in range(0, len(encoded), rows):
         indices = by_length[start:start + rows]
-        batch = pack(encoded, indices).to(config.device)
-        known = None if reference is None else reference[indices].to(config.device)
-        loss, figures = METHODS[config.method].loss(batch_logps(model, batch, config), known, batch, config)
+        loss, figures = batch_loss(model, encoded, indices, reference, config)
         add(sums, {"loss": loss, **figures}, len(indices))
     model.train()
     return {f"eval/{name}": float(total) / len(encoded) for name, total in sums.items()}
@@ -326,8 +480,7 @@ def train(model, encoded, reference, config, out, held_out=None, held_out_refere
     reference: (N, R) log-probabilities or None. held_out: pairs to measure every eval_every steps and at the end.
     Raises KeyboardInterrupt after a signal, the checkpoint saved.
     """
-    method, out = METHODS[config.method], Path(out)
-    parameters = trainable_parameters(model)
+    out, parameters = Path(out), trainable_parameters(model)
     optimizer = torch.optim.AdamW(
         [{"params": [p for _, p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
          {"params": [p for _, p in parameters if p.dim() < 2], "weight_decay": 0.0}],
@@ -349,9 +502,7 @@ def train(model, encoded, reference, config, out, held_out=None, held_out_refere
             for part in range(config.grad_accum):
                 start = step * per_step + part * config.batch_size
                 indices = order.take(range(start, start + config.batch_size), mode="wrap")
-                batch = pack(encoded, indices).to(config.device)
-                known = None if reference is None else reference[indices].to(config.device)
-                loss, figures = method.loss(batch_logps(model, batch, config), known, batch, config)
+                loss, figures = batch_loss(model, encoded, indices, reference, config)
                 (loss / config.grad_accum).backward()
                 tokens += int(lengths[indices].sum())
                 add(sums, {"loss": loss.detach(), **figures})
@@ -429,18 +580,34 @@ def load_checkpoint(out, parameters, optimizer):
 # A run
 
 
+def base_folder(config):
+    """The folder of the model that training starts from; the toy world's is made, a hub's is downloaded."""
+    folder = toy_base(config.seed, config.device) if config.model == "toy" else find_folder(config.model)
+    read_config(folder)  # a family that we do not have is named before anything long begins
+    return folder
+
+
 def load_model(config):
     """(model, tokenizer) that training starts from. Weights that will be trained are float32."""
-    folder = toy_base(config.seed, config.device) if config.model == "toy" else find_folder(config.model)
-    dtype = DTYPES[config.dtype] if config.lora_rank else torch.float32
+    folder = base_folder(config)
+    dtype = DTYPES[config.dtype] if config.lora_rank or config.init_adapter else torch.float32
     model = Transformer.from_pretrained(folder, dtype, config.device)
     if model.config.learned_positions and config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
-    if config.lora_rank:
-        targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
-        add_experts(model, targets, config.lora_rank, config.lora_alpha, seed=config.seed)
+    model = METHODS[config.method].build(config, model)
     model.model.checkpointing = config.checkpointing
     return model, Tokenizer(folder, config.template)
+
+
+def save_model(model, out):
+    """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts."""
+    experts = [layer for _, layer in expert_layers(model)]
+    if isinstance(model, ScoreModel) or not experts:
+        merge_experts(model).save_pretrained(out / "model")
+    elif experts[0].num_experts == 1 and model.router_spec == {"type": "constant"}:
+        save_adapter(model, out / "adapter")
+    else:
+        save_experts(model, out / "experts")
 
 
 # What may differ between an interrupted run and its continuation: where and how it runs, not what it computes.
@@ -448,12 +615,28 @@ FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpointing", "save_e
                   "eval_split", "temperature", "wandb"}
 
 
+def run_settings(config, base):
+    """What config.json says: the flags, the base model's folder, and a name for what is in the files that go in."""
+    names = [str(base), config.data, config.reward_model, config.cost_model, *config.init_adapter.split(",")]
+    inputs = {name: files_key(name) for name in names if name and Path(name).exists()}
+    return {**asdict(config), "base": str(base), "inputs": inputs}
+
+
+def is_complete(config):
+    """Whether the run folder holds the finished run of these very settings, on the same files."""
+    out = Path(config.out)
+    if not (out / "config.json").is_file() or not any((out / name).is_dir() for name in WEIGHT_FOLDERS):
+        return False
+    before, settings = read_json(out / "config.json"), run_settings(config, base_folder(config))
+    return all(before.get(name) == value for name, value in settings.items() if name not in FREE_ON_RESUME)
+
+
 def open_run(config, base):
     """Make the run folder, write config.json, and remove what an earlier run left there unless this one resumes it.
 
     Raises UserError when the folder cannot be written, or --resume comes with other settings than the run's.
     """
-    out, settings = Path(config.out), {**asdict(config), "base": str(base)}
+    out, settings = Path(config.out), run_settings(config, base)
     if config.resume:
         if not (out / "checkpoint").is_dir():
             raise UserError(f"--resume: there is no checkpoint in {out}")
@@ -466,17 +649,40 @@ def open_run(config, base):
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     if not config.resume:
-        for folder in ("model", "adapter", "checkpoint"):
+        for folder in (*WEIGHT_FOLDERS, "checkpoint"):
             shutil.rmtree(out / folder, ignore_errors=True)
         for file in ("eval.json", "samples.txt", "metrics.jsonl"):
             (out / file).unlink(missing_ok=True)
     return out
 
 
+def add_margins(config, parts):
+    """Give pairs their margins m = max(0, ±(s(chosen) − s(rejected))) by --cost_model or --reward_model, whichever
+    judges this view; without one they keep those of the scores in the data. Returns a line that says how they are.
+
+    Raises UserError when there is neither a model nor a score.
+    """
+    name = "cost" if config.view in COST_VIEWS else "reward"
+    folder = getattr(config, f"{name}_model")
+    if folder:
+        judge = load_judge(folder, config.score_template, config.dtype, config.device)
+        for pairs in parts.values():
+            texts = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
+            scores = np.reshape(score(*judge, texts, device=config.device, batch_size=64), (-1, 2))
+            for pair, (chosen, rejected) in zip(pairs, scores.tolist()):
+                pair.margin = max(0.0, SCORE_SIGNS[name] * (chosen - rejected))
+    margins = [pair.margin for pair in parts["train"]]
+    if not any(margins):
+        raise UserError(f"--method {config.method}: no margins; name a score model with --{name}_model, or use data "
+                        f"whose rows have scores.{name} (eval.py --score writes them)")
+    return (f"margins by {folder or f'the scores in {config.data}'}: mean {np.mean(margins):.3g}, clipped to 0 in "
+            f"{margins.count(0.0) / len(margins):.1%} of the pairs")
+
+
 HELD_OUT_PAIRS = 1000  # at most so many are measured: the standard error of an accuracy is then 1.6 % or less
 
 
-def load_data(config, tokenizer, responses):
+def load_data(config, tokenizer):
     """(pairs to train on, held-out pairs or None), tokenised. Prints what was kept, dropped and cut.
 
     Kept under out/cache by content: the same files, tokenizer and settings are not read and tokenised twice. That
@@ -486,10 +692,12 @@ def load_data(config, tokenizer, responses):
     if config.data != "toy":
         files = source_files(config.data)
         settings = [getattr(config, name) for name in ("view", "max_len", "seed", "held_out", "flip_safety",
-                                                       "flip_preference", "skip_bad_rows")]
+                                                       "flip_preference", "skip_bad_rows", "score_template")]
         code = Path(__file__).with_name("data.py")  # decides what becomes of a row, so it is a part of the content
         folders = [[file.parent.name for file in part] for part in files]  # in hh-rlhf they name the group
-        key = content_key([code, *files[0], *files[1]], folders, responses, tokenizer.key(), settings, HELD_OUT_PAIRS)
+        judges = [files_key(find_folder(name)) for name in (config.reward_model, config.cost_model) if name]
+        key = content_key([code, *files[0], *files[1]], folders, config.method, judges, tokenizer.key(), settings,
+                          HELD_OUT_PAIRS)
         path = Path("out") / "cache" / f"{key}.safetensors"
         if path.is_file():
             parts, lines = load_encoded(path, ("train", "held_out"))
@@ -505,18 +713,21 @@ def load_data(config, tokenizer, responses):
     if config.flip_safety or config.flip_preference:  # held-out labels stay as they are
         lines.append(flip_labels(comparisons, config.flip_safety, config.flip_preference, config.seed))
     np.random.default_rng(config.seed).shuffle(test)
+    pairs = {}
     for name, some in (("train", comparisons), ("held_out", test)):
         try:
-            pairs, line = apply_view(config.view, some)
+            pairs[name], line = apply_view(config.view, some)
         except UserError:
             if name == "train":
                 print(*lines, sep="\n")
                 raise
             continue  # nothing is held out in this view: there is just nothing to measure
-        pairs = pairs if name == "train" else pairs[:HELD_OUT_PAIRS]
-        parts[name] = encode_pairs(tokenizer, pairs, config.max_len, responses)
-        if name == "train":
-            lines.append(line)
+        pairs[name] = pairs[name] if name == "train" else pairs[name][:HELD_OUT_PAIRS]
+        lines += [line] * (name == "train")
+    if METHODS[config.method].margins:
+        lines.append(add_margins(config, pairs))
+    for name, some in pairs.items():
+        parts[name] = encode_pairs(tokenizer, some, config.max_len, METHODS[config.method].responses)
         if parts[name].cut:
             said = ", ".join(f"{count} {what}" for what, count in parts[name].cut.items())
             lines.append(f"{name}: longer than --max_len {config.max_len}: {said}")
@@ -526,28 +737,24 @@ def load_data(config, tokenizer, responses):
     return parts["train"], parts["held_out"]
 
 
-def main(argv=None):
-    config = parse_flags(argv)
+def run(config):
+    """One run: data, model, reference, training, weights, and on toy the oracle's table. It needs no other stage."""
     method = METHODS[config.method]
     started = time.perf_counter()
-    model, tokenizer = load_model(config)
+    base = base_folder(config)
     ready = time.perf_counter()
-
-    encoded, held_out = load_data(config, tokenizer, method.responses)
-    base = model.folder
+    encoded, held_out = load_data(config, Tokenizer(base, config.template))
+    model, tokenizer = load_model(config)
     out = open_run(config, base)
-    references = [None if pairs is None or method.responses == 1 else reference_logps(model, pairs, config, out, name)
+    references = [reference_logps(model, pairs, config, out, name) if pairs is not None and method.reference else None
                   for pairs, name in ((encoded, "reference"), (held_out, "held-out-reference"))]
     if config.compile:
         model.model.compile()
     train(model, encoded, references[0], config, out, held_out, references[1])
-    if config.lora_rank:
-        save_adapter(model, out / "adapter")
-    else:
-        model.save_pretrained(out / "model")
+    save_model(model, out)
     shutil.rmtree(out / "checkpoint", ignore_errors=True)  # the run is done: there is nothing to resume
     trained = time.perf_counter()
-    if config.model == "toy":
+    if config.model == "toy" and not isinstance(model, ScoreModel):
         plain = Transformer.from_pretrained(base, device=config.device)
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
             report, shown = evaluate_run(model, plain, tokenizer, out, config.eval_split, config.seed,
@@ -556,6 +763,17 @@ def main(argv=None):
     done = time.perf_counter()
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
           f"the run is in {out}/")
+
+
+def main(argv=None):
+    config = parse_flags(argv)
+    for before in METHODS[config.method].stages(config):
+        if is_complete(before):
+            print(f"{before.out}: complete for these settings, kept", flush=True)
+        else:
+            print(f"{before.out}: --method {before.method} --view {before.view}", flush=True)
+            run(before)
+    run(config)
 
 
 if __name__ == "__main__":
