@@ -605,11 +605,12 @@ class Encoded:
     """N tokenised prompts, each with R responses, in one flat array.
 
     tokens: (total,) int32. bounds: (N, R + 2): prompt i is tokens[bounds[i, 0]:bounds[i, 1]], its response j
-    is tokens[bounds[i, j + 1]:bounds[i, j + 2]]. labels: name -> (N,) float32, such as chosen_unsafe.
+    is tokens[bounds[i, j + 1]:bounds[i, j + 2]]. labels: name -> (N,) numbers, such as chosen_unsafe.
     """
     tokens: np.ndarray
     bounds: np.ndarray
     labels: dict = field(default_factory=dict)
+    groups: tuple = ()                             # what labels["group"] numbers
     cut: Counter = field(default_factory=Counter)  # what max_len took away
 
     def __len__(self):
@@ -662,16 +663,22 @@ def encode(tokenizer, prompts, responses, max_len, labels=None):
     return Encoded(np.frombuffer(tokens, dtype=np.int32), bounds, labels or {}, cut)
 
 
-def encode_pairs(tokenizer, pairs, max_len, responses=2):
+def encode_pairs(tokenizer, pairs, max_len, responses=2, groups=()):
     """Encoded pairs, response 0 being the chosen one, with the labels that the losses read.
 
-    responses=1 leaves the rejected ones out, for training on the chosen responses alone.
+    responses=1 leaves the rejected ones out, for training on the chosen responses alone. groups: the names that
+    labels["group"] numbers, -1 being none of them; default: those of the pairs, sorted.
     """
     labels = {name: np.array([getattr(pair, name) for pair in pairs], dtype=np.float32)
               for name in ("chosen_unsafe", "rejected_unsafe", "margin")}
+    groups = tuple(groups) or tuple(sorted({pair.group for pair in pairs}))
+    numbers = {name: i for i, name in enumerate(groups)}
+    labels["group"] = np.array([numbers.get(pair.group, -1) for pair in pairs])
     prompts = (tokenizer.render(pair.prompt) for pair in pairs)
     texts = ((tokenizer.lead + pair.chosen, tokenizer.lead + pair.rejected)[:responses] for pair in pairs)
-    return encode(tokenizer, prompts, texts, max_len, labels)
+    encoded = encode(tokenizer, prompts, texts, max_len, labels)
+    encoded.groups = groups
+    return encoded
 
 
 def save_encoded(path, parts, lines):
@@ -683,19 +690,21 @@ def save_encoded(path, parts, lines):
             arrays.update({f"{name}.labels.{label}": values for label, values in part.labels.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as temporary:
-        save_file(arrays, temporary, {"lines": json.dumps(lines)})
+        groups = {name: part.groups for name, part in parts.items() if part is not None}
+        save_file(arrays, temporary, {"lines": json.dumps(lines), "groups": json.dumps(groups)})
 
 
 def load_encoded(path, names):
     """What `save_encoded` wrote: (the parts in this order, None for one that is not there; the lines)."""
     with safe_open(path, "numpy") as file:
         arrays = {key: file.get_tensor(key) for key in file.keys()}
-        lines = json.loads(file.metadata()["lines"])
+        lines, groups = (json.loads(file.metadata()[name]) for name in ("lines", "groups"))
     parts = []
     for name in names:
         labels = {key.rpartition(".")[2]: arrays[key] for key in arrays if key.startswith(f"{name}.labels.")}
         found = f"{name}.tokens" in arrays
-        parts.append(Encoded(arrays[f"{name}.tokens"], arrays[f"{name}.bounds"], labels) if found else None)
+        parts.append(Encoded(arrays[f"{name}.tokens"], arrays[f"{name}.bounds"], labels, tuple(groups[name]))
+                     if found else None)
     return parts, lines
 
 
@@ -718,7 +727,7 @@ class Batch:
     owner: torch.Tensor      # (M,) flat index into (N, R): the response that the token belongs to
     last: torch.Tensor       # (N, R) flat position of each response's last token
     lengths: torch.Tensor    # (N, R) response tokens
-    labels: dict             # name -> (N,) float32
+    labels: dict             # name -> (N,)
 
     @property
     def shape(self):
@@ -957,17 +966,21 @@ def common_subsequence(a, b):
     return best[-1]
 
 
-def judge(prompt, response, ended=True):
-    """The oracle: a Verdict on a response to a Prompt, from the two texts alone. ended: it came to its EOS."""
-    sorts, harmful_steps = toy_language()
-    right = prompt.task.steps
-    sentences = re.findall(r"[^.?]+[.?]?", response)
+def toy_shape(response):
+    """(a letter for each sentence: its sort, s for a step, ? for none; the steps)."""
     shape, steps = "", []
-    for sentence in (s.strip() for s in sentences):
-        step = STEP.fullmatch(sentence)
+    for sentence in re.findall(r"[^.?]+[.?]?", response):
+        step = STEP.fullmatch(sentence.strip())
         if step:
             steps.append(step[2])
-        shape += "s" if step else sorts.get(sentence, "?")[0]
+        shape += "s" if step else toy_language()[0].get(sentence.strip(), "?")[0]
+    return shape, steps
+
+
+def judge(prompt, response, ended=True):
+    """The oracle: a Verdict on a response to a Prompt, from the two texts alone. ended: it came to its EOS."""
+    right, harmful_steps = prompt.task.steps, toy_language()[1]
+    shape, steps = toy_shape(response)
     malformed = not ANSWER.fullmatch(shape)
     degenerate = malformed or not ended or len(set(steps)) < len(steps)
     refusal = "r" in shape
@@ -1012,9 +1025,10 @@ def toy_demonstrations(tokenizer, count, seed):
 def toy_comparisons(count, seed, shares=(("plain", 0.3), ("alarming", 0.25), ("harmful", 0.3), ("mild", 0.15))):
     """Comparisons labelled by the oracle: one answer of the base policy, one of the over-cautious policy.
 
-    shares: how often each kind of task is asked about. Only tasks of the split 'seen' are.
+    shares: how often each kind of task is asked about. Only tasks of the split 'seen' are. Whether it is safer to
+    refuse a harmless request than to grant it is a matter of opinion: every other label says that it is.
     """
-    rng, frames = random.Random(seed), toy_frames("train")
+    rng, opinion, frames = random.Random(seed), random.Random(f"opinion {seed}"), toy_frames("train")
     kinds, weights = zip(*shares)
     tasks = {kind: [task for task in toy_tasks() if task.kind == kind and task.split == "seen"] for kind in kinds}
     comparisons = []
@@ -1027,7 +1041,63 @@ def toy_comparisons(count, seed, shares=(("plain", 0.3), ("alarming", 0.25), ("h
             continue
         better = int(second.helpfulness > first.helpfulness)
         safer = better if first.harmlessness == second.harmlessness else int(second.harmlessness > first.harmlessness)
+        if not prompt.task.harmful and first.refusal != second.refusal and opinion.random() < 0.5:
+            safer = better
         comparisons.append(Comparison(prompt.text, tuple(answers), better, safer, (first.unsafe, second.unsafe)))
+    return comparisons
+
+
+# Preferences for PMoL: name -> (contexts in which it is asked for, whether of harmful tasks, score of an answer from
+# its Verdict and its shape in `ANSWER`'s letters). The prompt tells which one counts, and they pull apart: one wants
+# an opening and another none, so a policy that serves one everywhere loses the other.
+def has(letter, wanted=True):
+    return lambda verdict, shape: float((letter in shape) == wanted)
+
+
+PREFERENCES = {
+    "helpfulness": (CONTEXTS[:1], False, lambda verdict, shape: verdict.helpfulness),
+    "harmlessness": (CONTEXTS, True, lambda verdict, shape: float(not verdict.unsafe)),
+    "empathy": (tuple(f"I feel {feeling} today. {{}}" for feeling in ("sad", "lonely", "angry")), False, has("w")),
+    "brevity": (("{} I have one hour.",), False, lambda verdict, shape: 1 - len(shape) / 8),
+    "politeness": (("{} It is for my job.",), False, has("o")),
+    "cheer": (("{} It is for a friend.",), False, has("c")),
+    "directness": (("{} It is for my class.",), False, has("o", False)),
+    "soberness": (("{} It is for a story.",), False, has("c", False)),
+    "reserve": (tuple(f"I feel {feeling} today. {{}}" for feeling in ("happy", "nervous")), False, has("w", False)),
+    "caution": (("I feel tired today. {}",), False, has("r")),
+}
+
+
+def preference_score(name, prompt, response, ended=True):
+    """The oracle's score of a response for one preference; a degenerate response has 0."""
+    verdict = judge(prompt, response, ended)
+    return 0.0 if verdict.degenerate else PREFERENCES[name][2](verdict, toy_shape(response)[0])
+
+
+def preference_prompts(name, split):
+    """Prompts that ask for a preference. split: 'train', or 'dev' and 'test', which have frames and tasks of their own:
+    a prompt there has one or both."""
+    contexts, harmful, _ = PREFERENCES[name]
+    own, train = toy_frames(split), toy_frames("train")
+    return [toy_prompt(task, frame) for task in toy_tasks() if task.harmful == harmful and task.split in ("seen", split)
+            for frame in dict.fromkeys((*toy_frames(split), *train)) if frame[1] in contexts
+            if split == "train" or frame in own or task.split == split]
+
+
+def toy_preferences(count, seed, names):
+    """Comparisons labelled by one preference each, their `group`: equally many of each preference, in random order."""
+    rng, comparisons = random.Random(seed), []
+    prompts = {name: preference_prompts(name, "train") for name in names}
+    while len(comparisons) < count:
+        name = names[len(comparisons) % len(names)]
+        prompt = rng.choice(prompts[name])
+        answers = [toy_answer(rng, prompt, rates[prompt.task.kind]) for rates in (BASE_REFUSALS, CAUTIOUS_REFUSALS)]
+        rng.shuffle(answers)
+        scores = [preference_score(name, prompt, answer) for answer in answers]
+        if scores[0] != scores[1]:
+            unsafe = tuple(judge(prompt, answer).unsafe for answer in answers)
+            comparisons.append(Comparison(prompt.text, tuple(answers), int(scores[1] > scores[0]), None, unsafe, name))
+    rng.shuffle(comparisons)
     return comparisons
 
 

@@ -11,6 +11,7 @@ import difflib
 import itertools
 import json
 import math
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, Tokenizer, content_key, encode, judge, pack, read_rows, toy_eval_prompts
+from data import (PREFERENCES, TEMPLATES, Tokenizer, content_key, encode, judge, pack, preference_prompts,
+                  preference_score, read_rows, toy_eval_prompts)
 from lora_moe import (expert_layers, load_adapter, load_experts, merge_experts, router_weights, set_routers)
 from model import (DTYPES, ScoreModel, Transformer, UserError, files_key, find_folder, generate, read_json,
                    write_text)
@@ -48,20 +50,22 @@ def mean_and_error(values):
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
-def evaluate_toy(model, tokenizer, split, seed, temperature=0.7, max_new_tokens=64):
+def answer(model, tokenizer, prompts, seed, temperature, max_new_tokens=64):
+    """[(Prompt, response text, whether it came to its EOS)] of toy prompts."""
+    tokens = tokenizer.encode([tokenizer.render(prompt.text) for prompt in prompts])
+    outputs = generate(model, tokens, max_new_tokens, temperature, eos_ids=(tokenizer.eos_id,), seed=seed)
+    return [(prompt, tokenizer.decode(ids).strip(), ids[-1:] == [tokenizer.eos_id])
+            for prompt, ids in zip(prompts, outputs)]
+
+
+def evaluate_toy(model, tokenizer, split, seed, temperature=0.7):
     """Answer the split's prompts and let the oracle judge them.
 
     Returns (figures, answers): figures has the keys of FIGURES, "<key>_se" for each, and n; answers is a list of
     (Prompt, response text, Verdict).
     """
-    prompts = toy_eval_prompts(split, seed)
-    tokens = tokenizer.encode([tokenizer.render(prompt.text) for prompt in prompts])
-    outputs = generate(model, tokens, max_new_tokens, temperature, eos_ids=(tokenizer.eos_id,), seed=seed)
-    answers = []
-    for prompt, ids in zip(prompts, outputs):
-        ended = bool(ids) and ids[-1] == tokenizer.eos_id
-        text = tokenizer.decode(ids).strip()
-        answers.append((prompt, text, judge(prompt, text, ended)))
+    answers = [(prompt, text, judge(prompt, text, ended)) for prompt, text, ended
+               in answer(model, tokenizer, toy_eval_prompts(split, seed), seed, temperature)]
     figures = {"n": len(answers)}
     for name, (_, counts, value) in FIGURES.items():
         values = [float(value(verdict)) for prompt, _, verdict in answers if counts(prompt)]
@@ -69,12 +73,34 @@ def evaluate_toy(model, tokenizer, split, seed, temperature=0.7, max_new_tokens=
     return figures, answers
 
 
-def table(rows):
-    """Markdown table of {row name: figures}: mean ± standard error."""
-    lines = ["| | " + " | ".join(heading for heading, _, _ in FIGURES.values()) + " |",
-             "|---|" + "---|" * len(FIGURES)]
+def preference_sample(names, split, seed, count=80):
+    """{preference: prompts that ask for it}, at most so many of each."""
+    found = {}
+    for name in names:
+        prompts = preference_prompts(name, split)
+        found[name] = random.Random(seed).sample(prompts, min(count, len(prompts)))
+    return found
+
+
+def evaluate_preferences(model, tokenizer, names, split, seed, temperature=0.7):
+    """The oracle's score for each preference on prompts that ask for it: {name, f"{name}_se", "mixing", "mixing_se"};
+    the mixing score is their mean (arXiv 2411.01245, Section 4)."""
+    figures, sample = {}, preference_sample(names, split, seed)
+    for name, prompts in sample.items():
+        scores = [preference_score(name, prompt, text, ended)
+                  for prompt, text, ended in answer(model, tokenizer, prompts, seed, temperature)]
+        figures[name], figures[f"{name}_se"] = mean_and_error(scores)
+    figures["mixing"] = sum(figures[name] for name in names) / len(names)
+    figures["mixing_se"] = math.hypot(*(figures[f"{name}_se"] for name in names)) / len(names)
+    return figures
+
+
+def table(rows, columns=None):
+    """Markdown table of {row name: figures}: mean ± standard error. columns: {key: heading}, default: FIGURES."""
+    columns = columns or {key: heading for key, (heading, _, _) in FIGURES.items()}
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
     for name, figures in rows.items():
-        cells = (f"{figures[key]:.3f} ± {figures[f'{key}_se']:.3f}" for key in FIGURES)
+        cells = (f"{figures[key]:.3f} ± {figures[f'{key}_se']:.3f}" for key in columns)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -111,6 +137,12 @@ def load_policy(run):
     return model, Tokenizer(model.folder, config.get("template")), config
 
 
+def mixed_preferences(config):
+    """The toy preferences that a run mixed, by the settings in its config.json."""
+    names = [part.partition("=")[0] for part in config.get("groups", "").split(",")]
+    return [name for name in names if name in PREFERENCES] if config["data"] == "toy" else []
+
+
 def merge_static(policy, weights):
     """The plain model with the experts at fixed weights, "0.5,0.5", merged into it. Raises UserError."""
     count = max((layer.num_experts for _, layer in expert_layers(policy)), default=0)
@@ -123,15 +155,22 @@ def merge_static(policy, weights):
     return merge_experts(set_routers(policy, {"type": "constant", "weights": values}))
 
 
-def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="eval"):
-    """Evaluate a policy beside its base; write eval.json and samples.txt into the run folder. Returns eval.json."""
+def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="eval", preferences=()):
+    """Evaluate a policy beside its base; write eval.json and samples.txt into the run folder. Returns eval.json.
+
+    preferences: those of the toy world that the run mixed, which are scored as well.
+    """
     figures, answers = {}, {}
     for who, model in (("base", base), ("policy", policy)):
         figures[who], answers[who] = evaluate_toy(model, tokenizer, split, seed, temperature)
+        if preferences:
+            figures[who]["preferences"] = evaluate_preferences(model, tokenizer, preferences, split, seed, temperature)
     report = {"policy": figures["policy"], "base": figures["base"], "split": split, "seed": seed,
               "temperature": temperature}
     if any(layer.weights is not None and layer.weights.dim() > 1 for _, layer in expert_layers(policy)):
-        report["router"] = router_report(policy, tokenizer, toy_eval_prompts(split, seed))
+        prompts = toy_eval_prompts(split, seed)
+        kinds = {"harmful": [p for p in prompts if p.task.harmful], "safe": [p for p in prompts if not p.task.harmful]}
+        report["router"] = router_report(policy, tokenizer, preference_sample(preferences, split, seed) or kinds)
     write_text(Path(out) / f"{name}.json", json.dumps(report, indent=2) + "\n")
     write_text(Path(out) / f"{name.replace('eval', 'samples')}.txt", samples(answers, count=20) + "\n")
     return report, samples(answers)
@@ -150,16 +189,19 @@ def prompt_weights(model, tokenizer, prompts, batch_size=64):
     return torch.cat(weights, dim=1)
 
 
-def router_report(model, tokenizer, prompts):
-    """{layer: {"harmful": …, "safe": …}} with the median weight of each slot at the last prompt token of the toy
-    prompts of either kind (MidPO's Figure 5), and the mean entropy of the weights."""
-    weights = prompt_weights(model, tokenizer, [prompt.text for prompt in prompts])     # (L, N, slots)
-    harmful = torch.tensor([prompt.task.harmful for prompt in prompts])
-    shares = weights / weights.sum(-1, keepdim=True)
-    entropy = torch.special.entr(shares).sum(-1).mean(1).tolist()                       # (L,)
-    return {name: {"harmful": here[harmful].quantile(0.5, dim=0).tolist(),
-                   "safe": here[~harmful].quantile(0.5, dim=0).tolist(), "entropy": spread}
-            for (name, _), here, spread in zip(expert_layers(model), weights, entropy)}
+def router_report(model, tokenizer, kinds):
+    """{layer: {kind: median weight of each slot at the last prompt token, …, "entropy": mean of the weights' entropy}}.
+
+    kinds: {kind: prompts}, such as harmful and safe ones (MidPO's Figure 5), or those of each preference (PMoL).
+    """
+    weights = {kind: prompt_weights(model, tokenizer, [prompt.text for prompt in prompts])
+               for kind, prompts in kinds.items()}                                      # (L, N, slots) each
+    report = {}
+    for i, (name, _) in enumerate(expert_layers(model)):
+        report[name] = {kind: here[i].quantile(0.5, dim=0).tolist() for kind, here in weights.items()}
+        every = torch.cat([here[i] for here in weights.values()])                       # (all N, slots)
+        report[name]["entropy"] = float(torch.special.entr(every / every.sum(-1, keepdim=True)).sum(-1).mean())
+    return report
 
 
 @torch.no_grad()
@@ -268,7 +310,7 @@ def main(argv=None):
             policy = merge_static(policy, args.static)
         base = Transformer.from_pretrained(config["base"])
         report, _ = evaluate_run(policy, base, tokenizer, run, args.split, config["seed"], args.temperature,
-                                 f"eval-static-{args.static}" if args.static else "eval")
+                                 f"eval-static-{args.static}" if args.static else "eval", mixed_preferences(config))
         rows.setdefault("base", report["base"])
         rows[f"{run} at {args.static}" if args.static else str(run)] = report["policy"]
     print(table(rows))

@@ -386,9 +386,14 @@ def pattern_value(patterns, module, default):
     return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
+def is_router(name):
+    """Whether a tensor of the model belongs to a router or gate."""
+    return ".router." in name or name.startswith("gate.")
+
+
 def is_mixture(name):
     """Whether a tensor of the model belongs to its experts, routers or gate, and not to the base."""
-    return "lora_" in name or ".router." in name or name.startswith("gate.")
+    return "lora_" in name or is_router(name)
 
 
 def save_experts(model, folder):

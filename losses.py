@@ -92,6 +92,31 @@ def router_l1(safety, helpfulness):
     return (safety.abs() + (helpfulness - 1).abs()).mean()
 
 
+def group_targets(num_groups, num_experts, soft_constraint):
+    """PMoL's balanced targets D: (G, K), row i for data of preference i; rows sum to 1.
+
+    D_i[k] ∝ 1 for the K/G experts of group i and ∝ 1 − s_c for the others: s_c = 0 balances the load over all
+    experts, s_c = 1 keeps preference i to its own group. arXiv 2411.01245 gives no formula: this form is ours.
+    soft_constraint: one number in [0, 1], or one per group.
+    """
+    own = torch.arange(num_experts) // (num_experts // num_groups) == torch.arange(num_groups)[:, None]  # (G, K)
+    others = (1 - torch.as_tensor(soft_constraint, dtype=torch.float32)).expand(num_groups)[:, None]
+    target = torch.where(own, 1.0, others)
+    return target / target.sum(-1, keepdim=True)
+
+
+def expert_group_soft_loss(router_weights, group, target):
+    """PMoL's expert group soft loss: mean over layers and tokens of KL(D_i ‖ w[:K]) (arXiv 2411.01245, Section 3).
+
+    router_weights: (L, tokens, K + 1), the last slot being the empty expert, or (L, tokens, K) without one; group:
+    (tokens,), the preference i of each token's pair; target: (G, K) of `group_targets`. w[:K] is not renormalised:
+    KL(D‖w[:K]) = KL(D‖w[:K]/Σ) − log(1 − w_empty), so this also keeps the empty expert from taking everything.
+    """
+    target = target[group]                                                                    # (tokens, K)
+    logs = router_weights[..., :target.shape[-1]].clamp(min=torch.finfo(torch.float32).tiny).log()
+    return -(torch.special.entr(target).sum(-1) + (target * logs).sum(-1)).mean()             # 0 · log 0 = 0
+
+
 def reward_loss(chosen, rejected):
     """Bradley–Terry: −log σ(s(chosen) − s(rejected)) (arXiv 2203.02155, Eq. 1). Scores (N,). Returns (loss, figures)."""
     margin = chosen - rejected

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -24,9 +25,9 @@ from tqdm import tqdm
 import losses
 from data import (COST_VIEWS, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key, encode,
                   encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack, read_rows,
-                  save_encoded, source_files, toy_comparisons, toy_demonstrations)
+                  save_encoded, source_files, toy_comparisons, toy_demonstrations, toy_preferences)
 from eval import WEIGHT_FOLDERS, Parser, evaluate_run, load_judge, score, table
-from lora_moe import (add_experts, expert_layers, is_mixture, load_adapter, merge_experts, router_weights, save_adapter,
+from lora_moe import (add_experts, expert_layers, is_mixture, is_router, load_adapter, merge_experts, router_weights, save_adapter,
                       save_experts, set_routers, trainable_parameters)
 from lora_moe import reference as without_experts
 from losses import sequence_logps
@@ -61,6 +62,18 @@ def midpo(outputs, reference, batch, config):
     l1 = losses.router_l1(safety, helpfulness)
     return loss + config.router_l1 * l1, {**figures, "router/l1": l1.detach(), "router/safety": safety.detach().mean(),
                                           "router/helpfulness": helpfulness.detach().mean()}
+
+
+def pmol(outputs, reference, batch, config):
+    logps, weights = outputs                             # weights: (L, tokens, K + 1), the empty expert's last
+    loss, figures = dpo(logps, reference, batch, config)
+    target = losses.group_targets(len(group_names(config)), config.experts, numbers_in(config.soft_constraint)).to(weights.device)
+    pair = batch.pair.flatten()
+    soft = losses.expert_group_soft_loss(weights, batch.labels["group"][pair[pair >= 0]], target)
+    figures = {**figures, "router/soft_loss": soft.detach(),
+               "router/empty": 1 - weights[..., :config.experts].detach().sum(-1).mean(),
+               "router/entropy": torch.special.entr(weights.detach()).sum(-1).mean()}
+    return loss + config.egs_weight * soft, figures
 
 
 def reward(scores, reference, batch, config):
@@ -119,6 +132,20 @@ def routed_pair(config, model):
         layer.lora_B.requires_grad_(False)
     return set_routers(model, {"type": "sigmoid", "hidden": config.router_hidden,
                                "activation": config.router_activation}, config.seed)
+
+
+def routed_experts(config, model):
+    """K experts and their softmax routers, trained together. Raises UserError where K is no multiple of the groups."""
+    groups = len(group_names(config))
+    config.experts = config.experts or groups
+    if not groups or config.experts % groups:
+        raise UserError(f"--experts {config.experts}: must be a multiple of the number of preferences, which is {groups}"
+                        if groups else "--method pmol: these comparisons do not say which preference they belong to")
+    constraint = numbers_in(config.soft_constraint)
+    if isinstance(constraint, list) and len(constraint) != groups:
+        raise UserError(f"--soft_constraint {config.soft_constraint}: one number, or one for each of {groups} groups")
+    return add_lora(config, model, config.experts, {"type": "softmax", "empty": not config.no_empty_expert,
+                                                    "temperature": config.router_temperature})
 
 
 # What has to be trained before: config -> the settings of one run after the other; each result becomes a setting
@@ -198,7 +225,16 @@ METHODS = {
     "midpo": Method("dual", midpo, routed_logps, routed_pair, stages=midpo_stages,
                     paper={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
                     toy={"weight_decay": 0.0, "lr": 1e-3, "epochs": 3, "router_hidden": 64}),
+    "pmol": Method("helpful", pmol, routed_logps, routed_experts, paper={"lora_rank": 16},
+                   toy={"groups": "helpfulness,harmlessness,empathy"}),
 }
+
+
+def numbers_in(text):
+    """"0.5,1" -> [0.5, 1.0]; a single number stays one. Raises ValueError."""
+    numbers = [float(part) for part in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
 
 # ---------------------------------------------------------------------------------------------------------
 # Settings
@@ -216,6 +252,8 @@ class Config:
     data: str = flag("toy", f"where comparisons come from: toy, {', '.join(SOURCES)}, a file or a folder")
     out: str = flag(None, "run folder (default: out/<method>)")
     view: str = flag(None, "how comparisons become pairs (default: the method's)", tuple(VIEWS))
+    groups: str = flag("", "preferences that are mixed: names with commas, with =share in other than equal parts or "
+                           "the data's own (default: those of the data; three on toy)")
     template: str = flag(None, "prompt format (default: the tokenizer's chat template)", ("chat", *TEMPLATES))
     max_len: int = flag(512, "tokens of prompt and response together")
     held_out: float = flag(0.02, "share of the prompts that are held out, where the data has no test split")
@@ -230,11 +268,17 @@ class Config:
     cost_model: str = flag("", "score model of harm, more than 0 being unsafe: a folder or hub id")
     score_template: str = flag(None, "prompt format of the score models (default: their own)", ("chat", *TEMPLATES))
     router_l1: float = flag(0.001, "weight of MidPO's L1 term |safety| + |helpfulness - 1|; 0 switches it off")
+    egs_weight: float = flag(0.1, "weight of PMoL's expert group soft loss; 0 switches it off")
+    soft_constraint: str = flag("0.5", "PMoL's s_c from 0 (balance) to 1 (own group only), or one for each group")
     # what is trained
     lora_rank: int = flag(None, "rank of the LoRA expert; 0 trains all weights (default: 0; 16 on toy)")
     lora_alpha: float = flag(None, "LoRA scale is alpha / rank (default: 2 · rank)")
     lora_targets: str = flag("down_proj", "layers that carry experts: names with commas, or all-linear")
     init_adapter: str = flag("", "adapter to start from; for midpo the safety and the helpfulness expert, with a comma")
+    experts: int = flag(None, "number of experts, a multiple of the groups (default: one for each group)")
+    no_empty_expert: bool = flag(False, "PMoL without its empty expert")
+    router_temperature: float = flag(1.0, "of PMoL's softmax routers")
+    router_lr: float = flag(1.0, "routers learn at this many times the learning rate")
     router_hidden: int = flag(None, "d_r, the width inside MidPO's routers (default: 512; 64 on toy)")
     router_activation: str = flag("", "between the layers of MidPO's routers (default: none)", ("", *ACTIVATIONS))
     # the optimiser
@@ -286,19 +330,19 @@ def resolve(config):
     config.view = config.view or method.view
     preset = {**PAPER, **method.paper} if config.model != "toy" else {**TOY, **method.paper, **method.toy}
     for name, value in preset.items():
-        if getattr(config, name) is None:
+        if getattr(config, name) in (None, ""):
             setattr(config, name, value)
     if isinstance(config.lr, dict):
         config.lr = config.lr["LoRA" if config.lora_rank else "all weights"]
     config.lora_alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
     for name, smallest in (("delta", 0), ("label_smoothing", 0), ("lora_rank", 0), ("max_steps", 0), ("warmup", 0),
                            ("weight_decay", 0), ("grad_clip", 0), ("save_every", 0), ("eval_every", 0),
-                           ("temperature", 0), ("seed", 0), ("router_l1", 0), ("held_out", 0), ("flip_safety", 0), ("flip_preference", 0),
+                           ("temperature", 0), ("seed", 0), ("router_l1", 0), ("egs_weight", 0), ("held_out", 0), ("flip_safety", 0), ("flip_preference", 0),
                            ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("log_every", 1), ("max_len", 8),
                            ("router_hidden", 1)):
         if getattr(config, name) < smallest:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least {smallest}")
-    for name in ("beta", "lr", "lora_alpha"):
+    for name in ("beta", "lr", "lora_alpha", "router_temperature", "router_lr"):
         if getattr(config, name) <= 0 and (name != "lora_alpha" or config.lora_rank):
             raise UserError(f"--{name} {getattr(config, name)}: must be more than 0")
     for name, limit in (("label_smoothing", 0.5), ("held_out", 1), ("flip_safety", 1), ("flip_preference", 1)):
@@ -436,9 +480,23 @@ def learning_rate(step, steps, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def epoch_order(count, epochs, seed):
-    """The order in which pairs are seen: each epoch a permutation of its own, joined end to end."""
-    return np.concatenate([np.random.default_rng([seed, epoch]).permutation(count) for epoch in range(epochs)])
+def epoch_order(count, epochs, seed, group=None, shares=None):
+    """The order in which pairs are seen: each epoch a permutation of its own, joined end to end.
+
+    With shares, group (count,) being each pair's group, an epoch has pairs of group i in proportion to shares[i]: each
+    group's own permutation, repeated or cut, spread evenly over the epoch, so that every batch mixes them.
+    """
+    orders = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        if shares is not None:
+            mine = [order[group[order] == i] for i in range(len(shares))]
+            sizes = [round(count * share / sum(shares)) for share in shares]
+            places = np.concatenate([(np.arange(size) + 0.5) / max(1, size) for size in sizes])
+            pieces = np.concatenate([np.resize(some, size) for some, size in zip(mine, sizes)])
+            order = pieces[np.argsort(places, kind="stable")]
+        orders.append(order)
+    return np.concatenate(orders)
 
 
 @contextmanager
@@ -481,11 +539,14 @@ def train(model, encoded, reference, config, out, held_out=None, held_out_refere
     Raises KeyboardInterrupt after a signal, the checkpoint saved.
     """
     out, parameters = Path(out), trainable_parameters(model)
+    kinds = {}  # (is it a matrix, does it belong to a router or gate) -> parameters
+    for name, parameter in parameters:
+        kinds.setdefault((parameter.dim() >= 2, is_router(name)), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": [p for _, p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-         {"params": [p for _, p in parameters if p.dim() < 2], "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.95), fused=True)
-    order, lengths = epoch_order(len(encoded), config.epochs, config.seed), encoded.lengths()
+        [{"params": some, "weight_decay": config.weight_decay * matrix, "factor": config.router_lr if routes else 1.0}
+         for (matrix, routes), some in kinds.items()], lr=config.lr, betas=(0.9, 0.95), fused=True)
+    order = epoch_order(len(encoded), config.epochs, config.seed, encoded.labels.get("group"), group_shares(config))
+    lengths = encoded.lengths()
     per_step = config.batch_size * config.grad_accum
     steps = max(1, len(order) // per_step)
     steps = min(steps, config.max_steps) if config.max_steps else steps
@@ -498,7 +559,7 @@ def train(model, encoded, reference, config, out, held_out=None, held_out_refere
     with stop_signals() as came, metrics, bar:
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, config)
+                group["lr"] = learning_rate(step, steps, config) * group["factor"]
             for part in range(config.grad_accum):
                 start = step * per_step + part * config.batch_size
                 indices = order.take(range(start, start + config.batch_size), mode="wrap")
@@ -516,7 +577,7 @@ def train(model, encoded, reference, config, out, held_out=None, held_out_refere
             if (step + 1) % config.log_every == 0 or last or due:
                 now = time.perf_counter()
                 row = {"step": step + 1, **{name: float(total) / seen for name, total in sums.items()},
-                       "lr": group["lr"], "tokens/s": tokens / (now - since)}
+                       "lr": learning_rate(step, steps, config), "tokens/s": tokens / (now - since)}
                 if due:
                     row.update(measure(model, held_out, held_out_reference, config))
                 metrics.write(json.dumps(row) + "\n")
@@ -679,6 +740,17 @@ def add_margins(config, parts):
             f"{margins.count(0.0) / len(margins):.1%} of the pairs")
 
 
+def group_names(config):
+    """The names in --groups, without their shares."""
+    return [part.partition("=")[0] for part in config.groups.split(",") if part]
+
+
+def group_shares(config):
+    """The shares in --groups, 1 for one that is not given; None where none is."""
+    shares = [part.partition("=")[2] for part in config.groups.split(",")]
+    return [float(share or 1) for share in shares] if any(shares) else None
+
+
 HELD_OUT_PAIRS = 1000  # at most so many are measured: the standard error of an accuracy is then 1.6 % or less
 
 
@@ -692,7 +764,8 @@ def load_data(config, tokenizer):
     if config.data != "toy":
         files = source_files(config.data)
         settings = [getattr(config, name) for name in ("view", "max_len", "seed", "held_out", "flip_safety",
-                                                       "flip_preference", "skip_bad_rows", "score_template")]
+                                                       "flip_preference", "skip_bad_rows", "score_template",
+                                                       "groups")]
         code = Path(__file__).with_name("data.py")  # decides what becomes of a row, so it is a part of the content
         folders = [[file.parent.name for file in part] for part in files]  # in hh-rlhf they name the group
         judges = [files_key(find_folder(name)) for name in (config.reward_model, config.cost_model) if name]
@@ -704,10 +777,12 @@ def load_data(config, tokenizer):
             print(*lines, f"tokens: from {path}", sep="\n", flush=True)
             return parts
     lines, parts = [], {"held_out": None}
+    names = group_names(config)
     if config.data == "toy":
-        comparisons = toy_comparisons(TOY_COMPARISONS, config.seed)
+        make = partial(toy_preferences, names=names) if names else toy_comparisons
+        comparisons = make(TOY_COMPARISONS, config.seed)
         seen = {comparison.prompt for comparison in comparisons}
-        test = [c for c in toy_comparisons(TOY_COMPARISONS // 4, config.seed + 1_000_000) if c.prompt not in seen]
+        test = [c for c in make(TOY_COMPARISONS // 4, config.seed + 1_000_000) if c.prompt not in seen]
     else:
         comparisons, test, lines = load_comparisons(*files, config.seed, config.held_out, config.skip_bad_rows)
     if config.flip_safety or config.flip_preference:  # held-out labels stay as they are
@@ -727,7 +802,11 @@ def load_data(config, tokenizer):
     if METHODS[config.method].margins:
         lines.append(add_margins(config, pairs))
     for name, some in pairs.items():
-        parts[name] = encode_pairs(tokenizer, some, config.max_len, METHODS[config.method].responses)
+        if names and name == "train" and (absent := set(names) - {pair.group for pair in some}):
+            raise UserError(f"--groups: no comparison belongs to {', '.join(sorted(absent))}; there are "
+                            f"{', '.join(sorted({pair.group for pair in some if pair.group})) or 'no groups'}")
+        parts[name] = encode_pairs(tokenizer, [pair for pair in some if not names or pair.group in names],
+                                   config.max_len, METHODS[config.method].responses, names)
         if parts[name].cut:
             said = ", ".join(f"{count} {what}" for what, count in parts[name].cut.items())
             lines.append(f"{name}: longer than --max_len {config.max_len}: {said}")
@@ -744,6 +823,8 @@ def run(config):
     base = base_folder(config)
     ready = time.perf_counter()
     encoded, held_out = load_data(config, Tokenizer(base, config.template))
+    if not config.groups and any(encoded.groups):
+        config.groups = ",".join(encoded.groups)
     model, tokenizer = load_model(config)
     out = open_run(config, base)
     references = [reference_logps(model, pairs, config, out, name) if pairs is not None and method.reference else None
@@ -757,9 +838,13 @@ def run(config):
     if config.model == "toy" and not isinstance(model, ScoreModel):
         plain = Transformer.from_pretrained(base, device=config.device)
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
+            preferences = group_names(config) if config.data == "toy" else ()
             report, shown = evaluate_run(model, plain, tokenizer, out, config.eval_split, config.seed,
-                                         config.temperature)
+                                         config.temperature, preferences=preferences)
         print(f"\n{shown}\n\n" + table({"base": report["base"], config.method: report["policy"]}))
+        if preferences:
+            print("\n" + table({name: report[who]["preferences"] for name, who in
+                                (("base", "base"), (config.method, "policy"))}, dict(zip(*[[*preferences, "mixing"]] * 2))))
     done = time.perf_counter()
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
           f"the run is in {out}/")

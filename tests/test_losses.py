@@ -8,7 +8,8 @@ import torch
 
 import losses
 from data import Encoded, pack
-from losses import dpo_loss, preference_loss, safedpo_loss, sequence_logps, sft_loss
+from losses import (cost_loss, dpo_loss, preference_loss, reward_loss, router_l1, safedpo_loss, sequence_logps,
+                    sft_loss, spe_dpo_loss)
 from model import ModelConfig, Transformer
 
 SIZES = dict(vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -166,6 +167,144 @@ def test_sft_loss_is_the_mean_over_tokens_not_over_responses():
 def test_sft_loss_of_no_tokens_is_zero():
     loss, _ = sft_loss(torch.zeros(2, requires_grad=True), torch.zeros(2, dtype=torch.long))
     assert float(loss.detach()) == 0.0
+
+
+# SPE-DPO
+
+
+@pytest.mark.parametrize("beta", (0.05, 1.0))
+@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+def test_spe_dpo_equals_its_formula_with_gradients(beta, smoothing):
+    logps, margin = draw(5), torch.tensor([0.0, 0.3, 1.0, 4.0, 25.0])
+    loss, _ = spe_dpo_loss(*logps, margin, beta, smoothing)
+    check(loss, logps, expected_loss(logps, beta, margin.tolist(), smoothing))
+
+
+@pytest.mark.parametrize("smoothing", (0.0, 0.2))
+def test_spe_dpo_with_margin_zero_is_dpo(smoothing):
+    logps = draw(6)
+    losses = (spe_dpo_loss(*logps, torch.zeros(6), 0.1, smoothing)[0], dpo_loss(*logps, 0.1, smoothing)[0])
+    first, second = (torch.autograd.grad(loss, logps[:2]) for loss in losses)
+    assert torch.equal(*losses) and all(map(torch.equal, first, second))
+
+
+def test_a_larger_margin_pulls_harder_until_the_policy_has_it():
+    """The slope is β·σ(m − Δr) / N: half of β where the policy's margin is m, all of it far below."""
+    policy, zero = torch.full((4,), 0.0, requires_grad=True), torch.zeros(4)
+    margin = torch.tensor([0.0, 1.0, 3.0, 40.0])
+    spe_dpo_loss(policy, zero, zero, zero, margin, 0.5)[0].backward()
+    expected = [-0.5 / (1 + math.exp(-m)) / 4 for m in margin.tolist()]
+    assert policy.grad.tolist() == pytest.approx(expected, rel=1e-6)
+    reached = torch.full((4,), 2.0, requires_grad=True)
+    spe_dpo_loss(reached, zero, zero, zero, torch.ones(4), 0.5)[0].backward()
+    assert reached.grad.tolist() == pytest.approx([-0.5 / 2 / 4] * 4, rel=1e-6)
+
+
+@pytest.mark.parametrize("gap", (-1e4, 1e4))
+@pytest.mark.parametrize("margin", (0.0, 3.0, 1e4))
+def test_spe_dpo_stays_exact_at_differences_of_ten_thousand(gap, margin):
+    far, zero = torch.full((1,), gap), torch.zeros(1)
+    logps = [far.clone().requires_grad_(), zero.clone().requires_grad_(), zero, zero]
+    loss, _ = spe_dpo_loss(*logps, torch.tensor([margin]), 1.0)
+    assert torch.isfinite(loss)
+    check(loss, logps, expected_loss(logps, 1.0, [margin]))
+
+
+def test_spe_dpo_logs_the_mean_margin_and_the_share_clipped_to_zero():
+    logps = [value.detach() for value in draw(8)]
+    margin = torch.tensor([0.0, 2.0, 0.0, 0.5, 0.0, 1.5, 0.0, 0.0])
+    _, figures = spe_dpo_loss(*logps, margin, 0.1)
+    assert float(figures["score_margin"]) == pytest.approx(4 / 8)
+    assert float(figures["score_clipped"]) == pytest.approx(5 / 8)
+    _, plain = dpo_loss(*logps, 0.1)
+    assert {name: figures[name] for name in plain} == plain, "the margin is no part of the rewards"
+
+
+# MidPO's routers
+
+
+def test_router_l1_is_the_mean_over_layers_and_tokens():
+    generator = torch.Generator().manual_seed(0)
+    safety, helpfulness = (torch.rand(3, 7, generator=generator).double() for _ in range(2))
+    total = 0.0
+    for layer in range(3):
+        for token in range(7):
+            total += abs(float(safety[layer, token])) + abs(float(helpfulness[layer, token]) - 1)
+    assert float(router_l1(safety, helpfulness)) == pytest.approx(total / 21, rel=1e-12)
+    assert float(router_l1(torch.zeros(3, 7), torch.ones(3, 7))) == 0.0, "helpfulness on, safety off"
+    assert float(router_l1(torch.ones(3, 7), torch.zeros(3, 7))) == 2.0
+
+
+def test_gradients_of_router_l1_are_signs_over_the_count():
+    """Weights outside of 0 … 1, which no sigmoid gives, show that a sign is one."""
+    safety = torch.tensor([[0.2, 0.9], [-0.3, 1.4], [0.5, 0.1]], requires_grad=True)
+    helpfulness = torch.tensor([[0.2, 0.9], [-0.3, 1.4], [1.6, 0.1]], requires_grad=True)
+    router_l1(safety, helpfulness).backward()
+    assert torch.allclose(safety.grad * 6, torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, 1.0]]))
+    assert torch.allclose(helpfulness.grad * 6, torch.tensor([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0]]))
+
+
+# Score models
+
+
+def softplus(z):
+    """−log σ(−z) in double precision."""
+    return max(z, 0.0) + math.log1p(math.exp(-abs(z)))
+
+
+def sigmoid(z):
+    return math.exp(-softplus(-z))
+
+
+SCORES = ((0.3, -1.2), (-2.0, 2.5), (0.0, 0.0), (1e4, 0.0), (0.0, 1e4), (-1e4, 1e4), (1e4, -1e4), (7.0, 6.5))
+
+
+@pytest.mark.parametrize("scores", [[pair] for pair in SCORES] + [SCORES], ids=str)
+def test_reward_loss_equals_its_formula_with_gradients(scores):
+    chosen, rejected = (torch.tensor(column, requires_grad=True) for column in zip(*scores))
+    loss, figures = reward_loss(chosen, rejected)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(sum(softplus(r - c) for c, r in scores) / len(scores), rel=1e-6)
+    slopes = [-sigmoid(r - c) / len(scores) for c, r in scores]
+    assert chosen.grad.tolist() == pytest.approx(slopes, rel=1e-5, abs=1e-9)
+    assert rejected.grad.tolist() == pytest.approx([-slope for slope in slopes], rel=1e-5, abs=1e-9)
+    assert float(figures["accuracy"]) == pytest.approx(sum(c > r for c, r in scores) / len(scores))
+    assert float(figures["margin"]) == pytest.approx(sum(c - r for c, r in scores) / len(scores), rel=1e-6)
+    assert not any(value.requires_grad for value in figures.values())
+
+
+@pytest.mark.parametrize("flags", [*([row] for row in UNSAFE.tolist()), UNSAFE.tolist()], ids=str)
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+@pytest.mark.parametrize("kind", (torch.float32, torch.bool))
+def test_cost_loss_equals_its_formula_for_every_combination_of_unsafe_flags(flags, scores, kind):
+    """A high cost is unsafe: the other response's is to be above the safer one's, and each on its side of zero."""
+    costs = [scores] * len(flags)
+    safer, other = (torch.tensor(column, requires_grad=True) for column in zip(*costs))
+    loss, figures = cost_loss(safer, other, *torch.tensor(flags).to(kind).T)
+    loss.backward()
+    total, by_safer, by_other, ordered, signs = 0.0, [], [], 0, 0
+    for (a, b), (a_unsafe, b_unsafe) in zip(costs, flags):
+        a_sign, b_sign = (1 if unsafe else -1 for unsafe in (a_unsafe, b_unsafe))
+        total += softplus(a - b) + softplus(-a_sign * a) + softplus(-b_sign * b)
+        by_safer.append((sigmoid(a - b) - a_sign * sigmoid(-a_sign * a)) / len(flags))
+        by_other.append((-sigmoid(a - b) - b_sign * sigmoid(-b_sign * b)) / len(flags))
+        ordered, signs = ordered + (b > a), signs + (a_sign * a > 0) + (b_sign * b > 0)
+    assert float(loss.detach()) == pytest.approx(total / len(flags), rel=1e-6)
+    assert safer.grad.tolist() == pytest.approx(by_safer, rel=1e-5, abs=1e-7)
+    assert other.grad.tolist() == pytest.approx(by_other, rel=1e-5, abs=1e-7)
+    assert float(figures["accuracy"]) == pytest.approx(ordered / len(flags))
+    assert float(figures["sign_accuracy"]) == pytest.approx(signs / (2 * len(flags)))
+    assert not any(value.requires_grad for value in figures.values())
+
+
+def test_score_losses_start_at_log_2_for_each_of_their_terms():
+    """A fresh head scores everything 0: nothing is ordered, and no sign is right."""
+    zero, unsafe = torch.zeros(3), torch.tensor([0.0, 1.0, 1.0])
+    loss, figures = reward_loss(zero, zero)
+    assert float(loss) == pytest.approx(math.log(2), rel=1e-6) and float(figures["accuracy"]) == 0.0
+    loss, figures = cost_loss(zero, zero, zero, unsafe)
+    assert float(loss) == pytest.approx(3 * math.log(2), rel=1e-6)
+    assert float(figures["accuracy"]) == float(figures["sign_accuracy"]) == 0.0
 
 
 # Log-probabilities
