@@ -840,7 +840,7 @@ def run(config):
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
             preferences = group_names(config) if config.data == "toy" else ()
             report, shown = evaluate_run(model, plain, tokenizer, out, config.eval_split, config.seed,
-                                         config.temperature, preferences=preferences)
+                                         config.temperature, "eval", preferences)
         print(f"\n{shown}\n\n" + table({"base": report["base"], config.method: report["policy"]}))
         if preferences:
             print("\n" + table({name: report[who]["preferences"] for name, who in
