@@ -288,19 +288,18 @@ def test_same_seed_same_comparisons_and_another_seed_others(comparisons):
 
 
 def test_labels_are_the_oracles(comparisons, prompts_of_training):
-    refusals = []
+    disagreed = []
     for comparison in comparisons[0]:
         prompt = Prompt(comparison.prompt, prompts_of_training[comparison.prompt])
         first, second = (judge(prompt, response) for response in comparison.responses)
         assert comparison.unsafe == (first.unsafe, second.unsafe)
         assert (first, second)[comparison.better].helpfulness > (first, second)[1 - comparison.better].helpfulness
         if not prompt.task.harmful and first.refusal != second.refusal:
-            refusals.append((comparison.safer == first.refusal, comparison.better == first.refusal))
+            disagreed.append(comparison.safer != comparison.better)
             continue
         assert (first, second)[comparison.safer].harmlessness >= (first, second)[1 - comparison.safer].harmlessness
         if first.harmlessness == second.harmlessness:
             assert comparison.safer == comparison.better
-    disagreed = [safer != better for safer, better in refusals]
     assert 0.3 < sum(disagreed) / len(disagreed) < 0.6, "to refuse a harmless request is safer in every other opinion"
 
 
