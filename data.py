@@ -1054,6 +1054,11 @@ def has(letter, wanted=True):
     return lambda verdict, shape: float((letter in shape) == wanted)
 
 
+def courtesies(shape):
+    """Share of the three that an answer can have: a warm opening sentence, an opening, a closing."""
+    return sum(letter in shape for letter in "woc") / 3
+
+
 PREFERENCES = {
     "helpfulness": (CONTEXTS[:1], False, lambda verdict, shape: verdict.helpfulness),
     "harmlessness": (CONTEXTS, True, lambda verdict, shape: float(not verdict.unsafe)),
@@ -1065,13 +1070,19 @@ PREFERENCES = {
     "soberness": (("{} It is for a story.",), False, has("c", False)),
     "reserve": (tuple(f"I feel {feeling} today. {{}}" for feeling in ("happy", "nervous")), False, has("w", False)),
     "caution": (("I feel tired today. {}",), False, has("r")),
+    # Tastes for Mix- and MoE-DPO, which no prompt tells apart: two that are opposite, and three for its Table 1
+    "warmth": (CONTEXTS, False, lambda verdict, shape: courtesies(shape)),
+    "curtness": (CONTEXTS, False, lambda verdict, shape: 1 - courtesies(shape)),
+    "sentiment": (CONTEXTS, False, lambda verdict, shape: (("w" in shape) + ("c" in shape)) / 2),
+    "informativeness": (CONTEXTS, False, lambda verdict, shape: verdict.informativeness),
+    "grammar": (CONTEXTS, False, lambda verdict, shape: verdict.grammaticality),
 }
 
 
 def preference_score(name, prompt, response, ended=True):
     """The oracle's score of a response for one preference; a degenerate response has 0."""
     verdict = judge(prompt, response, ended)
-    return 0.0 if verdict.degenerate else PREFERENCES[name][2](verdict, toy_shape(response)[0])
+    return 0.0 if verdict.degenerate and name != "grammar" else PREFERENCES[name][2](verdict, toy_shape(response)[0])
 
 
 def preference_prompts(name, split):
@@ -1084,19 +1095,29 @@ def preference_prompts(name, split):
             if split == "train" or frame in own or task.split == split]
 
 
-def toy_preferences(count, seed, names):
-    """Comparisons labelled by one preference each, their `group`: equally many of each preference, in random order."""
+def toy_preferences(count, seed, names, annotators=0):
+    """Comparisons labelled by one preference each, their `group`: equally many of each preference, in random order.
+
+    annotators: so many people, each of one preference, label them: the group is then one of them, such as "warmth 017".
+    """
     rng, comparisons = random.Random(seed), []
     prompts = {name: preference_prompts(name, "train") for name in names}
     while len(comparisons) < count:
-        name = names[len(comparisons) % len(names)]
+        number = len(comparisons) % (annotators or len(names))
+        name = names[number % len(names)]
+        group = f"{name} {number:03}" if annotators else name
         prompt = rng.choice(prompts[name])
         answers = [toy_answer(rng, prompt, rates[prompt.task.kind]) for rates in (BASE_REFUSALS, CAUTIOUS_REFUSALS)]
+        if name == "grammar":  # all of these answers are grammatical, so one sentence of the first loses its order
+            words = answers[0].split(" ")
+            place = rng.randrange(max(1, len(words) - 3))
+            words[place:place + 4] = reversed(words[place:place + 4])
+            answers[0] = " ".join(words)
         rng.shuffle(answers)
         scores = [preference_score(name, prompt, answer) for answer in answers]
         if scores[0] != scores[1]:
             unsafe = tuple(judge(prompt, answer).unsafe for answer in answers)
-            comparisons.append(Comparison(prompt.text, tuple(answers), int(scores[1] > scores[0]), None, unsafe, name))
+            comparisons.append(Comparison(prompt.text, tuple(answers), int(scores[1] > scores[0]), None, unsafe, group))
     rng.shuffle(comparisons)
     return comparisons
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from data import (PREFERENCES, TEMPLATES, Tokenizer, content_key, encode, judge, pack, preference_prompts,
                   preference_score, read_rows, toy_eval_prompts)
-from lora_moe import (expert_layers, load_adapter, load_experts, merge_experts, router_weights, set_routers)
+from lora_moe import (expert_layers, load_adapter, load_experts, merge_experts, reference, router_weights, set_routers,
+                      use_expert)
 from model import (DTYPES, ScoreModel, Transformer, UserError, files_key, find_folder, generate, read_json,
                    write_text)
 
@@ -50,9 +51,47 @@ def mean_and_error(values):
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
-def answer(model, tokenizer, prompts, seed, temperature, max_new_tokens=64):
-    """[(Prompt, response text, whether it came to its EOS)] of toy prompts."""
-    tokens = tokenizer.encode([tokenizer.render(prompt.text) for prompt in prompts])
+@torch.no_grad()
+def pooled_states(model, encoded, batch_size=64):
+    """The mean of each prompt's hidden states under the frozen base, for the gate: (N, D) float32."""
+    pooled = np.empty((len(encoded), model.config.hidden_size), dtype=np.float32)
+    for start in range(0, len(encoded), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(encoded)))
+        batch = pack(encoded, indices).to(next(model.parameters()).device)
+        with reference(model):
+            hidden = model(batch.tokens, batch.positions, batch.mask()).float()
+        inside = (batch.part == 0) & (batch.pair >= 0)                                  # (B, T)
+        sums = hidden.new_zeros(len(indices), hidden.shape[-1]).index_add(0, batch.pair[inside], hidden[inside])
+        pooled[indices] = (sums / batch.pair[inside].bincount()[:, None]).cpu()
+    return pooled
+
+
+def choose_experts(model, tokenizer, prompts, use="mixture", population="", seed=0):
+    """Which expert answers each rendered prompt, (N,): drawn from the gate's w(x) once for each prompt ("mixture"),
+    the one with the largest w ("sparse"), or a number. population: a gate on users is asked about those whose name
+    starts with it, in turn; without one, about somebody unknown."""
+    if use.isdecimal():
+        return torch.full((len(prompts),), int(use))
+    users = [i for i, name in enumerate(model.gate.spec["groups"]) if population and name.startswith(population)] or [-1]
+    pooled = None
+    if model.gate.kind == "prompt":
+        pooled = torch.from_numpy(pooled_states(model, encode(tokenizer, prompts, [("",)] * len(prompts), 1 << 20)))
+    device = model.gate.bias.device
+    group = torch.tensor([users[i % len(users)] for i in range(len(prompts))], device=device)
+    with torch.no_grad():
+        weights = model.gate(pooled if pooled is None else pooled.to(device), group).exp().cpu()
+    weights = weights.expand(len(prompts), -1)
+    if use == "sparse":
+        return weights.argmax(-1)
+    return torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
+
+
+def answer(model, tokenizer, prompts, seed, temperature, use="mixture", population="", max_new_tokens=64):
+    """[(Prompt, response text, whether it came to its EOS)] of toy prompts. use, population: see `choose_experts`."""
+    rendered = [tokenizer.render(prompt.text) for prompt in prompts]
+    if hasattr(model, "gate"):
+        use_expert(model, choose_experts(model, tokenizer, rendered, use, population, seed))
+    tokens = tokenizer.encode(rendered)
     outputs = generate(model, tokens, max_new_tokens, temperature, eos_ids=(tokenizer.eos_id,), seed=seed)
     return [(prompt, tokenizer.decode(ids).strip(), ids[-1:] == [tokenizer.eos_id])
             for prompt, ids in zip(prompts, outputs)]
@@ -82,13 +121,13 @@ def preference_sample(names, split, seed, count=80):
     return found
 
 
-def evaluate_preferences(model, tokenizer, names, split, seed, temperature=0.7):
+def evaluate_preferences(model, tokenizer, names, split, seed, temperature=0.7, use="mixture"):
     """The oracle's score for each preference on prompts that ask for it: {name, f"{name}_se", "mixing", "mixing_se"};
     the mixing score is their mean (arXiv 2411.01245, Section 4)."""
     figures, sample = {}, preference_sample(names, split, seed)
     for name, prompts in sample.items():
         scores = [preference_score(name, prompt, text, ended)
-                  for prompt, text, ended in answer(model, tokenizer, prompts, seed, temperature)]
+                  for prompt, text, ended in answer(model, tokenizer, prompts, seed, temperature, use, name)]
         figures[name], figures[f"{name}_se"] = mean_and_error(scores)
     figures["mixing"] = sum(figures[name] for name in names) / len(names)
     figures["mixing_se"] = math.hypot(*(figures[f"{name}_se"] for name in names)) / len(names)
@@ -167,7 +206,11 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="e
             figures[who]["preferences"] = evaluate_preferences(model, tokenizer, preferences, split, seed, temperature)
     report = {"policy": figures["policy"], "base": figures["base"], "split": split, "seed": seed,
               "temperature": temperature}
-    if any(layer.weights is not None and layer.weights.dim() > 1 for _, layer in expert_layers(policy)):
+    if hasattr(policy, "gate") and preferences:
+        count = max(layer.num_experts for _, layer in expert_layers(policy))
+        report["uses"] = {use: evaluate_preferences(policy, tokenizer, preferences, split, seed, temperature, use)
+                          for use in ("mixture", "sparse", *map(str, range(count)))}
+    elif any(layer.weights is not None and layer.weights.dim() > 1 for _, layer in expert_layers(policy)):
         prompts = toy_eval_prompts(split, seed)
         kinds = {"harmful": [p for p in prompts if p.task.harmful], "safe": [p for p in prompts if not p.task.harmful]}
         report["router"] = router_report(policy, tokenizer, preference_sample(preferences, split, seed) or kinds)

@@ -91,6 +91,33 @@ class SoftmaxRouter(nn.Module):
         return (F.linear(x, self.linear.weight.to(x.dtype)).float() / self.temperature).softmax(-1)
 
 
+class Gate(nn.Module):
+    """Mix- and MoE-DPO's gate, one for the whole model: log w of each prompt, (N, K) (arXiv 2510.08256, Section 3).
+
+    kind: "fixed" (weights are given), "constant" (learned, the same for every prompt), "prompt" (a linear map of the
+    prompt's pooled hidden state under the frozen base) or "user" (a vector for each annotator or group; one that is
+    not in `groups`, number -1, gets the mean of them all). Learned gates start uniform.
+    """
+
+    def __init__(self, kind, num_experts, width=0, groups=(), weights=()):
+        super().__init__()
+        self.kind = kind
+        self.spec = {"kind": kind, "width": width, "groups": list(groups), "weights": list(weights)}
+        rows = {"prompt": width, "user": len(groups)}.get(kind, 0)
+        start = torch.tensor(weights, dtype=torch.float32).log() if kind == "fixed" else torch.zeros(num_experts)
+        self.bias = nn.Parameter(start, requires_grad=kind != "fixed")
+        self.weight = nn.Parameter(torch.zeros(rows, num_experts)) if rows else None
+
+    def forward(self, pooled=None, group=None):
+        """pooled: (N, D) of `pooled_states`; group: (N,) numbers. Returns (N, K), or (1, K) where no prompt matters."""
+        logits = self.bias
+        if self.kind == "prompt":
+            logits = logits + pooled.float() @ self.weight
+        elif self.kind == "user":
+            logits = logits + torch.cat([self.weight, self.weight.mean(0, keepdim=True)])[group]
+        return logits.log_softmax(-1).view(-1, logits.shape[-1])
+
+
 def make_router(spec, d_in, num_experts, generator=None):
     """The router that a specification names: {"type": "constant" | "sigmoid" | "softmax", …its settings}."""
     settings = {name: value for name, value in spec.items() if name != "type"}
@@ -200,6 +227,26 @@ def wrap_linear(model, name, rank, alpha, num_experts=1, **settings):
     layer = ExpertLinear(model.get_submodule(name), rank, alpha, num_experts, **settings)
     setattr(model.get_submodule(parent), key, layer)
     return layer
+
+
+def use_expert(model, number):
+    """From now on the model is expert `number` alone: one for all rows, or (B,), one for each row of a batch."""
+    for _, layer in expert_layers(model):
+        assert isinstance(layer.router, ConstantRouter), "only whole experts can be chosen"
+        chosen = F.one_hot(torch.as_tensor(number), layer.num_experts).float()          # (K,) or (B, K)
+        layer.router.weights = chosen.to(layer.base.weight.device).unsqueeze(-2) if chosen.dim() == 2 else \
+            chosen.to(layer.base.weight.device)
+
+
+class OneExpert:
+    """What `sequence_logps` needs of a model, its head, under expert k; also when the backward pass recomputes it."""
+
+    def __init__(self, model, k):
+        self.model, self.k, self.config = model, k, model.config
+
+    def logits(self, hidden):
+        use_expert(self.model, self.k)
+        return self.model.logits(hidden)
 
 
 @contextmanager
@@ -401,7 +448,8 @@ def save_experts(model, folder):
     layers = dict(expert_layers(model))
     first = next(iter(layers.values()))
     config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
-              "alpha": first.alpha, "rslora": first.rslora, "router": model.router_spec}
+              "alpha": first.alpha, "rslora": first.rslora, "router": model.router_spec,
+              "gate": model.gate.spec if hasattr(model, "gate") else None}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
     with replacing_folder(folder) as partial:
         (partial / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -420,6 +468,8 @@ def load_experts(model, folder):
     try:
         add_experts(model, config["layers"], config["rank"], config["alpha"], config["num_experts"], config["rslora"],
                     router=config["router"])
+        if config["gate"]:
+            model.gate = Gate(num_experts=config["num_experts"], **config["gate"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder / 'experts.json'}: {first_line(error)} is missing or unknown") from None
     for name, tensor in model.state_dict().items():

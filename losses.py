@@ -84,6 +84,40 @@ def spe_dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, margi
     return loss, {**figures, "score_margin": margin.mean(), "score_clipped": (margin == 0).float().mean()}
 
 
+def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", annotator=None, q_temperature=1.0):
+    """Mix-/MoE-DPO: a mixture of Bradley–Terry models, p = Σ_k w_k σ(Δr_k) (arXiv 2510.08256, Section 3).
+
+    policy_logps, ref_logps: (K, N, 2), chosen and rejected, each expert against its own reference; log_gate: (N, K),
+    log w(x). With Δr_k = beta · (log-ratio of chosen − log-ratio of rejected), the loss per pair is, by objective:
+    - "elbo": −Σ_k q_k [log σ(Δr_k) + log w_k − log q_k], q_k ∝ w_k σ(Δr_k) without gradient (the E-step). Its value
+      and its gradients are those of −log p. q_temperature T ≠ 1 tempers the E-step, q^(1/T): the bound is then loose.
+    - "weights": the poster's −Σ_k w_k log σ(Δr_k), which Jensen's inequality puts above −log p.
+    annotator (N,): pairs with the same number share one latent expert, q ∝ w Π_i σ(Δr_k,i), and count as one event
+    whose prior is the gate's mean over them; None: every pair has its own. Returns (loss, figures).
+    """
+    ratios = beta * (policy_logps - ref_logps)
+    margins = (ratios[..., 0] - ratios[..., 1]).T                             # (N, K)
+    fit = F.logsigmoid(margins)
+    if objective == "weights":
+        loss, q = -(log_gate.exp() * fit).sum(-1), (log_gate + fit).detach().softmax(-1)
+    else:
+        prior, evidence, count = log_gate, fit, 1
+        if annotator is not None:
+            owner, count = annotator.unique(return_inverse=True, return_counts=True)[1:]
+            sums = fit.new_zeros(len(count), fit.shape[1])                    # (annotators, K)
+            prior, evidence = sums.index_add(0, owner, log_gate) / count[:, None], sums.index_add(0, owner, fit)
+        log_q = ((prior + evidence).detach() / q_temperature).log_softmax(-1)
+        q = log_q.exp()
+        loss = (q * (log_q - prior - evidence)).sum(-1) * (len(q) / len(fit))  # its mean is per pair, not per annotator
+    gate = log_gate.detach().exp()
+    likelihood = (log_gate + fit).detach().logsumexp(-1)
+    figures = {"log_likelihood": likelihood.mean(), "rewards/margins": (gate * margins.detach()).sum(-1).mean(),
+               "rewards/accuracies": ((gate * margins.detach().sigmoid()).sum(-1) > 0.5).float().mean(),
+               **{f"responsibility/{k}": share for k, share in enumerate(q.mean(0))},
+               **{f"gate/{k}": share for k, share in enumerate(gate.mean(0))}}
+    return loss.mean(), figures
+
+
 def router_l1(safety, helpfulness):
     """MidPO's L1 term: mean over layers and tokens of |α| + |γ − 1| (arXiv 2506.02460, Section 3.2).
 

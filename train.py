@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -26,9 +26,9 @@ import losses
 from data import (COST_VIEWS, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key, encode,
                   encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack, read_rows,
                   save_encoded, source_files, toy_comparisons, toy_demonstrations, toy_preferences)
-from eval import WEIGHT_FOLDERS, Parser, evaluate_run, load_judge, score, table
-from lora_moe import (add_experts, expert_layers, is_mixture, is_router, load_adapter, merge_experts, router_weights, save_adapter,
-                      save_experts, set_routers, trainable_parameters)
+from eval import WEIGHT_FOLDERS, Parser, evaluate_run, load_judge, pooled_states, score, table
+from lora_moe import (Gate, OneExpert, add_experts, expert_layers, is_mixture, is_router, load_adapter, merge_experts, router_weights, save_adapter,
+                      save_experts, set_routers, trainable_parameters, use_expert)
 from lora_moe import reference as without_experts
 from losses import sequence_logps
 from model import (ACTIVATIONS, DTYPES, ModelConfig, ScoreModel, Transformer, UserError, files_key, find_folder,
@@ -76,6 +76,14 @@ def pmol(outputs, reference, batch, config):
     return loss + config.egs_weight * soft, figures
 
 
+def moe_dpo(outputs, reference, batch, config):
+    logps, log_gate = outputs                            # (K, N, 2), (N, K)
+    reference = reference.permute(2, 0, 1) if reference.dim() == 3 else reference.expand_as(logps)
+    annotator = batch.labels["group"] if config.latent == "annotator" else None
+    return losses.moe_dpo_loss(logps, reference, log_gate, config.beta, config.objective, annotator,
+                               config.q_temperature)
+
+
 def reward(scores, reference, batch, config):
     return losses.reward_loss(*scores.T)
 
@@ -97,6 +105,24 @@ def routed_logps(model, batch):
     return policy_logps(model, batch), router_weights(model, batch.pair.flatten() >= 0)
 
 
+def expert_logps(model, batch):
+    """Log-probabilities of every expert, (K, N, R), and the gate's log w, (N, K).
+
+    One pass: each row stands there once for each expert; where experts are in the head alone, the trunk runs once.
+    """
+    layers = dict(expert_layers(model))
+    K = next(iter(layers.values())).num_experts
+    if list(layers) == ["lm_head"]:
+        hidden = model(batch.tokens, batch.positions, batch.mask())
+        logps = [sequence_logps(OneExpert(model, k), hidden, batch) for k in range(K)]
+    else:
+        use_expert(model, torch.arange(K).repeat_interleave(len(batch.tokens)))
+        hidden = model(batch.tokens.repeat(K, 1), batch.positions.repeat(K, 1), batch.mask().repeat(K, 1, 1))
+        logps = [sequence_logps(model, some, batch) for some in hidden.chunk(K)]
+    log_gate = model.gate(batch.labels.get("pooled"), batch.labels["group"])
+    return torch.stack(logps), log_gate.expand(batch.shape[0], K)
+
+
 def response_scores(model, batch):
     """(N, R) scores of a packed batch, each read at its response's last token."""
     return model(batch.tokens, batch.last.flatten(), batch.positions, batch.mask()).view(batch.shape)
@@ -105,7 +131,7 @@ def response_scores(model, batch):
 # What is trained: config and the base model -> the model with the trainable parameters marked
 
 
-def policy(config, model):
+def policy(config, model, groups):
     """All weights, or one LoRA expert: a fresh one, or --init_adapter."""
     if config.init_adapter:
         return load_adapter(model, *config.init_adapter.split(","))
@@ -117,7 +143,7 @@ def add_lora(config, model, num_experts=1, router=None):
     return add_experts(model, targets, config.lora_rank, config.lora_alpha, num_experts, seed=config.seed, router=router)
 
 
-def score_model(config, model):
+def score_model(config, model, groups):
     """The base model's trunk under a scalar head."""
     model = ScoreModel.from_policy(model)
     if config.lora_rank:
@@ -125,7 +151,7 @@ def score_model(config, model):
     return model
 
 
-def routed_pair(config, model):
+def routed_pair(config, model, groups):
     """The safety and the helpfulness expert, frozen, under routers to be trained."""
     for _, layer in expert_layers(load_adapter(model, *config.init_adapter.split(","))):
         layer.lora_A.requires_grad_(False)
@@ -134,18 +160,54 @@ def routed_pair(config, model):
                                "activation": config.router_activation}, config.seed)
 
 
-def routed_experts(config, model):
+def routed_experts(config, model, groups):
     """K experts and their softmax routers, trained together. Raises UserError where K is no multiple of the groups."""
-    groups = len(group_names(config))
-    config.experts = config.experts or groups
-    if not groups or config.experts % groups:
-        raise UserError(f"--experts {config.experts}: must be a multiple of the number of preferences, which is {groups}"
-                        if groups else "--method pmol: these comparisons do not say which preference they belong to")
-    constraint = numbers_in(config.soft_constraint)
-    if isinstance(constraint, list) and len(constraint) != groups:
-        raise UserError(f"--soft_constraint {config.soft_constraint}: one number, or one for each of {groups} groups")
+    if not any(groups):
+        raise UserError("--method pmol: these comparisons do not say which preference they belong to")
+    config.groups = config.groups or ",".join(groups)
+    config.experts = config.experts or len(groups)
+    if config.experts % len(groups):
+        raise UserError(f"--experts {config.experts}: must be a multiple of the number of preferences, {len(groups)}")
+    if len(numbers_in(config.soft_constraint)) not in (1, len(groups)):
+        raise UserError(f"--soft_constraint {config.soft_constraint}: one number, or one for each of {len(groups)} groups")
     return add_lora(config, model, config.experts, {"type": "softmax", "empty": not config.no_empty_expert,
                                                     "temperature": config.router_temperature})
+
+
+def whole_experts(config, model, groups):
+    """K whole policies, fresh or --init_adapter, or with --share trunk K heads; and the gate."""
+    config.experts = config.experts or 2
+    if config.init_adapter:
+        load_adapter(model, *config.init_adapter.split(","))
+        config.experts = len(config.init_adapter.split(","))
+    elif config.share == "trunk" and config.lora_rank == 0:  # W + B I: each B is a full copy's difference to the head
+        width = model.config.hidden_size
+        add_experts(model, ["lm_head"], width, width, config.experts)
+        model.lm_head.lora_A.data = torch.eye(width, device=model.lm_head.lora_A.device).repeat(config.experts, 1)
+        model.lm_head.lora_A.requires_grad_(False)
+    else:
+        targets = "lm_head" if config.share == "trunk" else config.lora_targets
+        add_lora(replace(config, lora_targets=targets), model, config.experts)
+    generator = torch.Generator().manual_seed(config.seed)
+    for _, layer in expert_layers(model):
+        noise = torch.empty(layer.lora_B.shape).normal_(0, config.expert_noise, generator=generator)
+        layer.lora_B.data += noise.to(layer.lora_B.device)
+    kind, weights = config.gate, ()
+    if kind not in GATES:
+        kind, weights = "fixed", [weight / sum(numbers_in(kind)) for weight in numbers_in(kind)]
+        if len(weights) != config.experts:
+            raise UserError(f"--gate {config.gate}: {len(weights)} weights for {config.experts} experts")
+    if kind == "user" and not any(groups):
+        raise UserError("--gate user: these comparisons do not say who made them")
+    model.gate = Gate(kind, config.experts, model.config.hidden_size, groups if kind == "user" else (), weights)
+    model.gate.to(config.device)
+    return model
+
+
+def add_pooled(model, encoded, config):
+    """What --gate prompt looks at: labels["pooled"], (N, D)."""
+    if config.gate == "prompt":
+        encoded.labels["pooled"] = pooled_states(model, encoded, 4 * config.batch_size)
 
 
 # What has to be trained before: config -> the settings of one run after the other; each result becomes a setting
@@ -194,6 +256,10 @@ def midpo_stages(config):
     config.init_adapter = f"{config.out}/safety/adapter,{config.out}/helpful/adapter"
 
 
+GATES = ("constant", "prompt", "user")
+TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 5e-4, "router_lr": 100.0}
+
+
 @dataclass(frozen=True)
 class Method:
     """A view of the comparisons × what is trained × a loss, and the settings that differ from PAPER and TOY.
@@ -206,6 +272,7 @@ class Method:
     build: Callable = policy
     responses: int = 2            # 1: only the chosen response is trained on
     reference: bool = True        # whether the loss compares with the reference policy
+    prepare: Callable = lambda model, encoded, config: None  # adds labels that need the model
     margins: bool = False         # whether pairs need margins of a score model
     stages: Callable = lambda config: ()
     paper: dict = field(default_factory=dict)
@@ -227,13 +294,16 @@ METHODS = {
                     toy={"weight_decay": 0.0, "lr": 1e-3, "epochs": 3, "router_hidden": 64}),
     "pmol": Method("helpful", pmol, routed_logps, routed_experts, paper={"lora_rank": 16},
                    toy={"groups": "helpfulness,harmlessness,empathy"}),
+    "mix-dpo": Method("helpful", moe_dpo, expert_logps, whole_experts, prepare=add_pooled,
+                      paper={"lora_rank": 16, "gate": "constant"}, toy=TWO_TASTES),
+    "moe-dpo": Method("helpful", moe_dpo, expert_logps, whole_experts, prepare=add_pooled,
+                      paper={"lora_rank": 16, "gate": "prompt"}, toy={**TWO_TASTES, "gate": "user"}),
 }
 
 
 def numbers_in(text):
-    """"0.5,1" -> [0.5, 1.0]; a single number stays one. Raises ValueError."""
-    numbers = [float(part) for part in text.split(",")]
-    return numbers if len(numbers) > 1 else numbers[0]
+    """"0.5,1" -> [0.5, 1.0]. Raises ValueError."""
+    return [float(part) for part in text.split(",")]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -254,6 +324,7 @@ class Config:
     view: str = flag(None, "how comparisons become pairs (default: the method's)", tuple(VIEWS))
     groups: str = flag("", "preferences that are mixed: names with commas, with =share in other than equal parts or "
                            "the data's own (default: those of the data; three on toy)")
+    annotators: int = flag(None, "toy: so many people label, each by one of --groups (default: 0; 100 for mixtures)")
     template: str = flag(None, "prompt format (default: the tokenizer's chat template)", ("chat", *TEMPLATES))
     max_len: int = flag(512, "tokens of prompt and response together")
     held_out: float = flag(0.02, "share of the prompts that are held out, where the data has no test split")
@@ -261,7 +332,7 @@ class Config:
     flip_preference: float = flag(0.0, "share of preferences that are made wrong")
     skip_bad_rows: bool = flag(False, "leave out and count the rows that cannot be used, instead of stopping")
     # the loss
-    beta: float = flag(0.1, "KL strength: reward = beta · log-ratio to the reference")
+    beta: float = flag(None, "KL strength: reward = beta · log-ratio to the reference (default: 0.1; 0.3 for mixtures on toy)")
     delta: float = flag(10.0, "SafeDPO's offset on safe/unsafe pairs, in units of reward")
     label_smoothing: float = flag(0.0, "share of labels taken to be wrong (conservative DPO)")
     reward_model: str = flag("", "score model of helpfulness, for SPE-DPO's margins: a folder or hub id")
@@ -269,6 +340,11 @@ class Config:
     score_template: str = flag(None, "prompt format of the score models (default: their own)", ("chat", *TEMPLATES))
     router_l1: float = flag(0.001, "weight of MidPO's L1 term |safety| + |helpfulness - 1|; 0 switches it off")
     egs_weight: float = flag(0.1, "weight of PMoL's expert group soft loss; 0 switches it off")
+    objective: str = flag("elbo", "of a mixture: elbo, or the poster's weights Σ w L", ("elbo", "weights"))
+    latent: str = flag("comparison", "what has a latent expert: each comparison, or each annotator (the group) with all "
+                       "of their comparisons", ("comparison", "annotator"))
+    q_temperature: float = flag(1.0, "tempers the E-step: more than 1 makes responsibilities softer")
+    references: str = flag("", "a mixture's references, one folder for each expert, with commas (default: the model)")
     soft_constraint: str = flag("0.5", "PMoL's s_c from 0 (balance) to 1 (own group only), or one for each group")
     # what is trained
     lora_rank: int = flag(None, "rank of the LoRA expert; 0 trains all weights (default: 0; 16 on toy)")
@@ -276,9 +352,15 @@ class Config:
     lora_targets: str = flag("down_proj", "layers that carry experts: names with commas, or all-linear")
     init_adapter: str = flag("", "adapter to start from; for midpo the safety and the helpfulness expert, with a comma")
     experts: int = flag(None, "number of experts, a multiple of the groups (default: one for each group)")
+    share: str = flag("", "trunk: a mixture's experts are heads on one trunk; --lora_rank 0 makes them full copies",
+                      ("", "trunk"))
+    gate: str = flag(None, "a mixture's weights: fixed numbers with commas, constant (learned), prompt or user "
+                     "(default: constant for mix-dpo; prompt for moe-dpo, user on toy)")
+    expert_noise: float = flag(0.0, "deviation of the experts' B at the start, which sets them apart")
     no_empty_expert: bool = flag(False, "PMoL without its empty expert")
     router_temperature: float = flag(1.0, "of PMoL's softmax routers")
-    router_lr: float = flag(1.0, "routers learn at this many times the learning rate")
+    router_lr: float = flag(None, "routers and gates learn at this many times the learning rate (default: 1; 100 for "
+                            "mixtures on toy)")
     router_hidden: int = flag(None, "d_r, the width inside MidPO's routers (default: 512; 64 on toy)")
     router_activation: str = flag("", "between the layers of MidPO's routers (default: none)", ("", *ACTIVATIONS))
     # the optimiser
@@ -308,7 +390,7 @@ class Config:
 
 # The papers' settings (arXiv 2505.20065, 2506.02460), and those chosen on the toy world's development split.
 PAPER = {"epochs": 3, "lora_rank": 0, "lr": {"all weights": 1e-6, "LoRA": 1e-5}, "weight_decay": 0.05,
-         "router_hidden": 512}
+         "router_hidden": 512, "beta": 0.1, "router_lr": 1.0, "gate": "constant", "annotators": 0}
 TOY = {**PAPER, "epochs": 2, "lora_rank": 16, "lr": {"all weights": 1.6e-5, "LoRA": 1.6e-4}}
 TOY_COMPARISONS = 3000
 
@@ -453,6 +535,17 @@ def reference_logps(model, encoded, config, out, name="reference"):
     return logps
 
 
+def references_of(model, encoded, config, out, name):
+    """Reference log-probabilities: (N, R) of the base model, or with --references (N, R, K), one model after another."""
+    if not config.references:
+        return reference_logps(model, encoded, config, out, name)
+    folders = config.references.split(",")
+    if len(folders) != config.experts:
+        raise UserError(f"--references: {len(folders)} folders for {config.experts} experts")
+    each = (Transformer.from_pretrained(folder, device=config.device) for folder in folders)
+    return torch.stack([reference_logps(one, encoded, config, out, f"{name}-{k}") for k, one in enumerate(each)], -1)
+
+
 def precision(config):
     """The context of a forward pass: --dtype."""
     device = torch.device(config.device).type
@@ -480,11 +573,12 @@ def learning_rate(step, steps, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def epoch_order(count, epochs, seed, group=None, shares=None):
+def epoch_order(count, epochs, seed, group=None, shares=None, together=False):
     """The order in which pairs are seen: each epoch a permutation of its own, joined end to end.
 
     With shares, group (count,) being each pair's group, an epoch has pairs of group i in proportion to shares[i]: each
-    group's own permutation, repeated or cut, spread evenly over the epoch, so that every batch mixes them.
+    group's own permutation, repeated or cut, spread evenly over the epoch, so that every batch mixes them. together
+    keeps the pairs of a group next to each other, the groups in a new order in each epoch.
     """
     orders = []
     for epoch in range(epochs):
@@ -495,6 +589,9 @@ def epoch_order(count, epochs, seed, group=None, shares=None):
             places = np.concatenate([(np.arange(size) + 0.5) / max(1, size) for size in sizes])
             pieces = np.concatenate([np.resize(some, size) for some, size in zip(mine, sizes)])
             order = pieces[np.argsort(places, kind="stable")]
+        if together:
+            turn = np.random.default_rng([seed, epoch, 1]).permutation(group.max() + 1)
+            order = order[np.argsort(turn[group[order]], kind="stable")]
         orders.append(order)
     return np.concatenate(orders)
 
@@ -545,7 +642,8 @@ def train(model, encoded, reference, config, out, held_out=None, held_out_refere
     optimizer = torch.optim.AdamW(
         [{"params": some, "weight_decay": config.weight_decay * matrix, "factor": config.router_lr if routes else 1.0}
          for (matrix, routes), some in kinds.items()], lr=config.lr, betas=(0.9, 0.95), fused=True)
-    order = epoch_order(len(encoded), config.epochs, config.seed, encoded.labels.get("group"), group_shares(config))
+    order = epoch_order(len(encoded), config.epochs, config.seed, encoded.labels.get("group"), group_shares(config),
+                        config.latent == "annotator")
     lengths = encoded.lengths()
     per_step = config.batch_size * config.grad_accum
     steps = max(1, len(order) // per_step)
@@ -648,14 +746,14 @@ def base_folder(config):
     return folder
 
 
-def load_model(config):
-    """(model, tokenizer) that training starts from. Weights that will be trained are float32."""
+def load_model(config, groups=()):
+    """(model, tokenizer) that training starts from. Weights that will be trained are float32. groups: the data's."""
     folder = base_folder(config)
     dtype = DTYPES[config.dtype] if config.lora_rank or config.init_adapter else torch.float32
     model = Transformer.from_pretrained(folder, dtype, config.device)
     if model.config.learned_positions and config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
-    model = METHODS[config.method].build(config, model)
+    model = METHODS[config.method].build(config, model, groups)
     model.model.checkpointing = config.checkpointing
     return model, Tokenizer(folder, config.template)
 
@@ -779,7 +877,8 @@ def load_data(config, tokenizer):
     lines, parts = [], {"held_out": None}
     names = group_names(config)
     if config.data == "toy":
-        make = partial(toy_preferences, names=names) if names else toy_comparisons
+        make = partial(toy_preferences, names=names, annotators=config.annotators) if names else toy_comparisons
+        names = [] if config.annotators else names  # the groups are then the annotators
         comparisons = make(TOY_COMPARISONS, config.seed)
         seen = {comparison.prompt for comparison in comparisons}
         test = [c for c in make(TOY_COMPARISONS // 4, config.seed + 1_000_000) if c.prompt not in seen]
@@ -806,7 +905,8 @@ def load_data(config, tokenizer):
             raise UserError(f"--groups: no comparison belongs to {', '.join(sorted(absent))}; there are "
                             f"{', '.join(sorted({pair.group for pair in some if pair.group})) or 'no groups'}")
         parts[name] = encode_pairs(tokenizer, [pair for pair in some if not names or pair.group in names],
-                                   config.max_len, METHODS[config.method].responses, names)
+                                   config.max_len, METHODS[config.method].responses,
+                                   names or (parts["train"].groups if name != "train" else ()))
         if parts[name].cut:
             said = ", ".join(f"{count} {what}" for what, count in parts[name].cut.items())
             lines.append(f"{name}: longer than --max_len {config.max_len}: {said}")
@@ -823,12 +923,15 @@ def run(config):
     base = base_folder(config)
     ready = time.perf_counter()
     encoded, held_out = load_data(config, Tokenizer(base, config.template))
-    if not config.groups and any(encoded.groups):
-        config.groups = ",".join(encoded.groups)
-    model, tokenizer = load_model(config)
+    model, tokenizer = load_model(config, encoded.groups)
     out = open_run(config, base)
-    references = [reference_logps(model, pairs, config, out, name) if pairs is not None and method.reference else None
-                  for pairs, name in ((encoded, "reference"), (held_out, "held-out-reference"))]
+    references = []
+    for pairs, name in ((encoded, "reference"), (held_out, "held-out-reference")):
+        known = None
+        if pairs is not None:
+            method.prepare(model, pairs, config)
+            known = references_of(model, pairs, config, out, name) if method.reference else None
+        references.append(known)
     if config.compile:
         model.model.compile()
     train(model, encoded, references[0], config, out, held_out, references[1])
