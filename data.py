@@ -1022,14 +1022,15 @@ def toy_demonstrations(tokenizer, count, seed):
     return rows
 
 
-def toy_comparisons(count, seed, shares=(("plain", 0.3), ("alarming", 0.25), ("harmful", 0.3), ("mild", 0.15))):
+def toy_comparisons(count, seed, harmful_share=0.45):
     """Comparisons labelled by the oracle: one answer of the base policy, one of the over-cautious policy.
 
-    shares: how often each kind of task is asked about. Only tasks of the split 'seen' are. Whether it is safer to
-    refuse a harmless request than to grant it is a matter of opinion: every other label says that it is.
+    harmful_share: how many of them ask for harm. Only tasks of the split 'seen' are asked about. Whether it is safer
+    to refuse a harmless request than to grant it is a matter of opinion: every other label says that it is.
     """
     rng, opinion, frames = random.Random(seed), random.Random(f"opinion {seed}"), toy_frames("train")
-    kinds, weights = zip(*shares)
+    kinds, safe_share = tuple(KINDS), 1 - harmful_share
+    weights = (safe_share * 6 / 11, safe_share * 5 / 11, harmful_share * 2 / 3, harmful_share / 3)
     tasks = {kind: [task for task in toy_tasks() if task.kind == kind and task.split == "seen"] for kind in kinds}
     comparisons = []
     while len(comparisons) < count:

@@ -5,8 +5,10 @@ settings, the toy base model, reference log-probabilities, the training loop, an
 """
 import difflib
 import hashlib
+import itertools
 import json
 import math
+import re
 import shutil
 import signal
 import sys
@@ -19,6 +21,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -217,7 +220,7 @@ def add_pooled(model, encoded, config):
 SHARED = ("model", "data", "template", "max_len", "held_out", "flip_safety", "flip_preference", "skip_bad_rows",
           "lora_targets", "max_steps", "batch_size", "grad_accum", "warmup", "grad_clip", "seed", "dtype", "device",
           "compile", "checkpointing", "resume", "save_every", "log_every", "eval_every", "eval_split", "temperature",
-          "wandb", "score_template")
+          "wandb", "score_template", "harmful_share")
 
 
 def stage(config, method, name, *also, **changes):
@@ -291,7 +294,7 @@ METHODS = {
                       paper={"lora_rank": 16, "weight_decay": 0.01}),
     "midpo": Method("dual", midpo, routed_logps, routed_pair, stages=midpo_stages,
                     paper={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
-                    toy={"weight_decay": 0.0, "lr": 1e-3, "epochs": 3, "router_hidden": 64}),
+                    toy={"weight_decay": 0.0, "lr": 1e-3, "epochs": 3, "router_hidden": 64, "harmful_share": 0.7}),
     "pmol": Method("helpful", pmol, routed_logps, routed_experts, paper={"lora_rank": 16},
                    toy={"groups": "helpfulness,harmlessness,empathy"}),
     "mix-dpo": Method("helpful", moe_dpo, expert_logps, whole_experts, prepare=add_pooled,
@@ -324,6 +327,7 @@ class Config:
     view: str = flag(None, "how comparisons become pairs (default: the method's)", tuple(VIEWS))
     groups: str = flag("", "preferences that are mixed: names with commas, with =share in other than equal parts or "
                            "the data's own (default: those of the data; three on toy)")
+    harmful_share: float = flag(None, "toy: share of the comparisons that ask for harm (default: 0.45; 0.7 for midpo)")
     annotators: int = flag(None, "toy: so many people label, each by one of --groups (default: 0; 100 for mixtures)")
     template: str = flag(None, "prompt format (default: the tokenizer's chat template)", ("chat", *TEMPLATES))
     max_len: int = flag(512, "tokens of prompt and response together")
@@ -390,7 +394,8 @@ class Config:
 
 # The papers' settings (arXiv 2505.20065, 2506.02460), and those chosen on the toy world's development split.
 PAPER = {"epochs": 3, "lora_rank": 0, "lr": {"all weights": 1e-6, "LoRA": 1e-5}, "weight_decay": 0.05,
-         "router_hidden": 512, "beta": 0.1, "router_lr": 1.0, "gate": "constant", "annotators": 0}
+         "router_hidden": 512, "beta": 0.1, "router_lr": 1.0, "gate": "constant", "annotators": 0,
+         "harmful_share": 0.45}
 TOY = {**PAPER, "epochs": 2, "lora_rank": 16, "lr": {"all weights": 1.6e-5, "LoRA": 1.6e-4}}
 TOY_COMPARISONS = 3000
 
@@ -810,7 +815,7 @@ def open_run(config, base):
     if not config.resume:
         for folder in (*WEIGHT_FOLDERS, "checkpoint"):
             shutil.rmtree(out / folder, ignore_errors=True)
-        for file in ("eval.json", "samples.txt", "metrics.jsonl"):
+        for file in ("eval.json", "samples.txt", "metrics.jsonl", "experts.json"):
             (out / file).unlink(missing_ok=True)
     return out
 
@@ -877,7 +882,8 @@ def load_data(config, tokenizer):
     lines, parts = [], {"held_out": None}
     names = group_names(config)
     if config.data == "toy":
-        make = partial(toy_preferences, names=names, annotators=config.annotators) if names else toy_comparisons
+        make = partial(toy_preferences, names=names, annotators=config.annotators) if names else \
+            partial(toy_comparisons, harmful_share=config.harmful_share)
         names = [] if config.annotators else names  # the groups are then the annotators
         comparisons = make(TOY_COMPARISONS, config.seed)
         seen = {comparison.prompt for comparison in comparisons}
@@ -916,6 +922,59 @@ def load_data(config, tokenizer):
     return parts["train"], parts["held_out"]
 
 
+@torch.no_grad()
+def expert_margins(model, encoded, reference, config):
+    """Of every pair: Δr under each expert, (N, K), and the gate's log w, (N, K), float32 on the CPU."""
+    margins, log_gates = np.empty((2, len(encoded), config.experts), dtype=np.float32)
+    for start in range(0, len(encoded), 4 * config.batch_size):
+        indices = np.arange(start, min(start + 4 * config.batch_size, len(encoded)))
+        with precision(config):
+            logps, log_gate = expert_logps(model, pack(encoded, indices).to(config.device))
+        known = reference[indices].to(config.device)
+        ratios = logps - (known.permute(2, 0, 1) if known.dim() == 3 else known)        # (K, N, 2)
+        margins[indices] = config.beta * (ratios[..., 0] - ratios[..., 1]).T.cpu()
+        log_gates[indices] = log_gate.cpu()
+    return torch.from_numpy(margins), torch.from_numpy(log_gates)
+
+
+def expert_report(model, encoded, held_out, references, config):
+    """What the experts of a mixture have become, and a sentence for each way in which they have not parted.
+
+    Returns a dict: "responsibility" of each expert; "accuracy" {population: [share of its held-out pairs that each
+    expert orders rightly]}; "recovered": the share of the groups whose responsible expert, by their training pairs,
+    is that of their population, under the best one-to-one naming of experts. A population is a group's name without
+    a number at its end: the toy world's annotators carry their planted type there, which training does not read.
+    """
+    margins, log_gate = expert_margins(model, encoded, references[0], config)
+    joint = F.logsigmoid(margins) + log_gate
+    group = torch.from_numpy(encoded.labels["group"])
+    count = len(encoded.groups)
+    evidence = torch.zeros(count, config.experts).index_add(0, group, F.logsigmoid(margins))
+    pairs = group.bincount(minlength=count)[:, None].clamp(min=1)
+    prior = torch.zeros(count, config.experts).index_add(0, group, log_gate) / pairs
+    responsible = (evidence + prior).argmax(-1)                                          # (groups,)
+    kinds = [re.sub(r" \d+$", "", name) for name in encoded.groups]
+    populations = sorted(set(kinds))
+    share = joint.softmax(-1).mean(0).tolist()
+    report, said = {"responsibility": share}, []
+    if max(share) > 0.95:
+        said.append(f"the mixture has collapsed: expert {share.index(max(share))} takes {max(share):.0%} of all "
+                    "responsibility")
+    agree = float((margins > 0).eq(margins[:, :1] > 0).all(-1).float().mean())
+    if agree > 0.95 and config.experts > 1:
+        said.append(f"the experts agree: they order {agree:.0%} of the pairs in the same way")
+    table = torch.tensor([[sum(r == k and kind == name for r, kind in zip(responsible.tolist(), kinds))
+                           for k in range(config.experts)] for name in populations])     # (populations, K)
+    if len(populations) <= config.experts <= 6:
+        report["recovered"] = max(sum(int(table[p, k]) for p, k in enumerate(naming)) for naming in
+                                  itertools.permutations(range(config.experts), len(populations))) / count
+    if held_out is not None:
+        right = (expert_margins(model, held_out, references[1], config)[0] > 0).float()  # (N, K)
+        of = np.array([*kinds, ""])[held_out.labels["group"]]
+        report["accuracy"] = {name: right[torch.from_numpy(of == name)].mean(0).tolist() for name in populations}
+    return report, said
+
+
 def run(config):
     """One run: data, model, reference, training, weights, and on toy the oracle's table. It needs no other stage."""
     method = METHODS[config.method]
@@ -936,6 +995,10 @@ def run(config):
         model.model.compile()
     train(model, encoded, references[0], config, out, held_out, references[1])
     save_model(model, out)
+    if hasattr(model, "gate"):
+        found, said = expert_report(model, encoded, held_out, references, config)
+        write_text(out / "experts.json", json.dumps(found, indent=2) + "\n")
+        print(*said, *(f"{name}: {value}" for name, value in found.items()), sep="\n")
     shutil.rmtree(out / "checkpoint", ignore_errors=True)  # the run is done: there is nothing to resume
     trained = time.perf_counter()
     if config.model == "toy" and not isinstance(model, ScoreModel):
@@ -946,8 +1009,8 @@ def run(config):
                                          config.temperature, "eval", preferences)
         print(f"\n{shown}\n\n" + table({"base": report["base"], config.method: report["policy"]}))
         if preferences:
-            print("\n" + table({name: report[who]["preferences"] for name, who in
-                                (("base", "base"), (config.method, "policy"))}, dict(zip(*[[*preferences, "mixing"]] * 2))))
+            uses = report.get("uses", {config.method: report["policy"].get("preferences")})
+            print("\n" + table({"base": report["base"]["preferences"], **uses}, {n: n for n in (*preferences, "mixing")}))
     done = time.perf_counter()
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
           f"the run is in {out}/")

@@ -1,7 +1,6 @@
 """MidPO in whole runs on a toy world made small: score models, margins, experts, routers, and which stages are kept."""
 import json
 import math
-import os
 import shutil
 import signal
 import statistics
@@ -18,8 +17,8 @@ import train
 from data import TOY_CHAT, Tokenizer, apply_view, toy_comparisons
 from lora_moe import expert_layers, load_adapter
 from model import ModelConfig, ScoreModel, Transformer, UserError, generate, read_json
-from test_train import (COMPARISONS, SMALL_MODEL, bases, interrupt_at, line_of, make_small, place, rows, run,  # noqa: F401
-                        small_pairs)
+from test_train import (COMPARISONS, SMALL_MODEL, bases, interrupt_at, line_of, make_small, place,  # noqa: F401
+                        rows, run, small_pairs)
 
 STAGES = ["reward", "cost", "safety", "helpful"]
 FLAGS = ("--method", "midpo", "--max_steps", 4, "--log_every", 1, "--batch_size", 4)
@@ -30,7 +29,8 @@ def hurry(patch):
     """In a handful of steps score models come to differ from 0, and experts from the base; answers are short."""
     for name, rate in (("reward", 3e-2), ("cost", 3e-2), ("spe-dpo", 1e-2)):
         patch.setitem(train.METHODS[name].toy, "lr", rate)
-    patch.setattr(eval_file.evaluate_toy, "__defaults__", (0.7, 10))
+    patch.setattr(eval_file, "generate", lambda model, prompts, count, *rest, **named:
+                  generate(model, prompts, min(count, 5), *rest, **named))
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def base_model():
 
 
 def scorer(folder, template=None):
-    """(prompt, response) -> a score model's plain forward pass over this one sequence, read at the EOS, its last token."""
+    """(prompt, response) -> a score model's plain forward pass over this one sequence, read at its EOS."""
     model, tokenizer = ScoreModel.from_pretrained(folder), Tokenizer(folder, template)
 
     @torch.no_grad()
@@ -131,7 +131,7 @@ def test_a_fresh_score_model_scores_everything_zero_and_can_learn(place):
 
 
 def test_packed_and_batched_scores_are_those_of_single_sequences(mixture):
-    texts = [(pair.prompt, response) for pair in small_pairs("helpful")[:12] for response in (pair.chosen, pair.rejected)]
+    texts = [(pair.prompt, text) for pair in small_pairs("helpful")[:12] for text in (pair.chosen, pair.rejected)]
     for name in ("reward", "cost"):
         score = scorer(mixture / name / "model")
         alone = [score(*text) for text in texts]
@@ -253,7 +253,7 @@ def stranger(folder, seed=0):
 
 @pytest.mark.parametrize("template", (None, "plain"))
 def test_a_score_model_reads_texts_with_its_own_tokenizer_and_template(place, template):
-    """The policy's ids, up to 1000, are no tokens of it."""
+    """The policy's ids, up to 757, are not in its vocabulary of 150."""
     folder = stranger(place / "stranger")
     out = run("run", "--method", "spe-dpo", "--view", "safety", "--max_steps", 1, "--log_every", 1,
               "--cost_model", folder, *(("--score_template", template) if template else ()))
@@ -485,7 +485,6 @@ def test_first_loss_of_the_routers_is_dpo_plus_the_l1_term_of_single_sequences(m
 def test_a_heavy_l1_term_switches_helpfulness_on_and_safety_off(mixture):
     flags = (*FLAGS[:-1], 8, "--init_adapter", ADAPTERS, "--max_steps", 12, "--lr", 1e-2)
     free, pulled = (rows(run(f"pulled-{weight}", *flags, "--router_l1", weight))[-1] for weight in (0, 10))
-    print(free,pulled)
     assert pulled["router/safety"] < 0.2 < 0.8 < pulled["router/helpfulness"]
     assert free["router/l1"] > 2 * pulled["router/l1"]
 
@@ -521,13 +520,13 @@ def test_the_loaded_mixture_generates_what_step_by_step_argmax_without_a_cache_g
     prompts = tokenizer.encode([tokenizer.render(p.text) for p in eval_file.toy_eval_prompts("test", 0)[:5]])
     assert len({len(prompt) for prompt in prompts}) > 1
     answers = generate(policy, prompts, 12)
-    assert len({token for answer in answers for token in answer}) > 5 and not all(
-        torch.allclose(weights, weights[:, :1]) for weights in [layer.weights for _, layer in expert_layers(policy)])
+    assert len({token for answer in answers for token in answer}) > 3
     for prompt, answer in zip(prompts, answers):
         tokens = list(prompt)
         for _ in range(12):
             tokens.append(int(policy.logits(policy(torch.tensor([tokens])))[0, -1].argmax()))
         assert tokens[len(prompt):] == answer
+        assert all(layer.weights[0, :, 1].std() > 0.01 for _, layer in expert_layers(policy)), "tokens differ in weights"
 
 
 def test_the_finished_mixture_is_evaluated_again_with_the_same_result(mixture):
