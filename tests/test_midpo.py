@@ -326,7 +326,8 @@ def runs_of(patch, *flags):
     (("--lora_alpha", 8), STAGES[2:]),
     (("--seed", 1), STAGES), (("--batch_size", 2), STAGES), (("--max_steps", 3), STAGES),
     (("--flip_preference", 0.1), STAGES), (("--max_len", 100), STAGES), (("--dtype", "bfloat16"), STAGES),
-    (("--model", "out/toy-base-seed1"), STAGES)), ids=lambda value: " ".join(map(str, value)))
+    (("--harmful_share", 0.5), STAGES), (("--model", "out/toy-base-seed1"), STAGES)),
+    ids=lambda value: " ".join(map(str, value)))
 def test_a_changed_setting_trains_the_stages_that_it_matters_to(mixture, monkeypatch, flags, again):
     assert runs_of(monkeypatch) == ["run"]
     assert runs_of(monkeypatch, *flags) == [*again, "run"]
@@ -466,7 +467,8 @@ def test_first_loss_of_the_routers_is_dpo_plus_the_l1_term_of_single_sequences(m
             for safety, helpfulness in layer.weights[0, start:].tolist():
                 distances.append(abs(safety) + abs(helpfulness - 1))
 
-    for pair in first_batch(small_pairs("dual"), 4):
+    pairs = apply_view("dual", toy_comparisons(COMPARISONS, 0, config.harmful_share))[0]
+    for pair in first_batch(pairs, 4):
         prompt, *responses = tokenizer.encode([tokenizer.render(pair.prompt), pair.chosen, pair.rejected])
         rewards = []
         for i, response in enumerate(responses):
@@ -483,10 +485,12 @@ def test_first_loss_of_the_routers_is_dpo_plus_the_l1_term_of_single_sequences(m
 
 
 def test_a_heavy_l1_term_switches_helpfulness_on_and_safety_off(mixture):
-    flags = (*FLAGS[:-1], 8, "--init_adapter", ADAPTERS, "--max_steps", 12, "--lr", 1e-2)
+    """Against what the pairs pull to: the two adapters change places, so that DPO alone does the opposite."""
+    swapped = ",".join(ADAPTERS.split(",")[::-1])
+    flags = (*FLAGS[:-1], 8, "--init_adapter", swapped, "--max_steps", 12, "--lr", 1e-2)
     free, pulled = (rows(run(f"pulled-{weight}", *flags, "--router_l1", weight))[-1] for weight in (0, 10))
-    assert pulled["router/safety"] < 0.2 < 0.8 < pulled["router/helpfulness"]
-    assert free["router/l1"] > 2 * pulled["router/l1"]
+    assert pulled["router/safety"] < 0.3 < 0.7 < pulled["router/helpfulness"] and pulled["router/l1"] < 0.6
+    assert free["router/helpfulness"] < 0.4 < 0.6 < free["router/safety"] and free["router/l1"] > 1.2
 
 
 @pytest.mark.parametrize("activation", ("", "silu"))
@@ -516,7 +520,8 @@ def test_the_loaded_mixture_generates_what_step_by_step_argmax_without_a_cache_g
     policy, tokenizer, _ = eval_file.load_policy(mixture)
     for _, layer in expert_layers(policy):  # the base repeats one word; with experts this large something happens
         layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(0)))
-        layer.router.networks[1][2].weight.mul_(50)
+        for parameter in layer.router.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 0)
     prompts = tokenizer.encode([tokenizer.render(p.text) for p in eval_file.toy_eval_prompts("test", 0)[:5]])
     assert len({len(prompt) for prompt in prompts}) > 1
     answers = generate(policy, prompts, 12)
@@ -526,7 +531,7 @@ def test_the_loaded_mixture_generates_what_step_by_step_argmax_without_a_cache_g
         for _ in range(12):
             tokens.append(int(policy.logits(policy(torch.tensor([tokens])))[0, -1].argmax()))
         assert tokens[len(prompt):] == answer
-        assert all(layer.weights[0, :, 1].std() > 0.01 for _, layer in expert_layers(policy)), "tokens differ in weights"
+        assert all(layer.weights[0].std(dim=0).min() > 0.01 for _, layer in expert_layers(policy))
 
 
 def test_the_finished_mixture_is_evaluated_again_with_the_same_result(mixture):
