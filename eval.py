@@ -167,6 +167,8 @@ def load_policy(run):
     config = read_json(run / "config.json")
     if "lora_rank" not in config:
         raise UserError(f"{run}: not a run folder of train.py")
+    if config.get("method") in ("reward", "cost"):
+        raise UserError(f"{run}: a score model, which answers nothing; --score FILE lets it judge")
     kind = next((name for name in WEIGHT_FOLDERS if (run / name).is_dir()), None)
     if kind is None:
         raise UserError(f"{run}: no trained weights (no {', '.join(WEIGHT_FOLDERS)}); did the run finish?")
@@ -189,7 +191,9 @@ def merge_static(policy, weights):
         values = [float(weight) for weight in weights.split(",")]
     except ValueError:
         values = []
-    if len(values) != count:
+    if not count:
+        raise UserError(f"--static {weights}: this run has no experts to merge")
+    if len(values) != count or not all(map(math.isfinite, values)):
         raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
     return merge_experts(set_routers(policy, {"type": "constant", "weights": values}))
 
@@ -349,7 +353,7 @@ def main(argv=None):
         policy, tokenizer, config = load_policy(run)
         if config["model"] != "toy":
             raise UserError(f"{run}: only the toy world has a judge here; this run is about {config['model']}")
-        if args.static:
+        if args.static is not None:
             policy = merge_static(policy, args.static)
         base = Transformer.from_pretrained(config["base"])
         report, _ = evaluate_run(policy, base, tokenizer, run, args.split, config["seed"], args.temperature,

@@ -66,7 +66,8 @@ class SigmoidRouter(nn.Module):
 
     def forward(self, x):
         if self.activation is None:
-            vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))  # (K, D_in), (K,)
+            with torch.autocast(x.device.type, enabled=False):  # a product of weights, not of tokens: float32 is free
+                vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))  # (K, D_in), (K,)
             return F.linear(x, vectors.to(x.dtype), biases.to(x.dtype)).float().sigmoid()           # (..., K)
         scores = []
         for first, second, last in self.networks:
@@ -466,12 +467,15 @@ def load_experts(model, folder):
     path, config = folder / "experts.safetensors", read_json(folder / "experts.json")
     tensors = read_tensors(path)
     try:
+        if config["rank"] < 1:
+            raise UserError(f"rank {config['rank']}")
         add_experts(model, config["layers"], config["rank"], config["alpha"], config["num_experts"], config["rslora"],
                     router=config["router"])
         if config["gate"]:
             model.gate = Gate(num_experts=config["num_experts"], **config["gate"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'experts.json'}: {first_line(error)} is missing or unknown") from None
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{folder / 'experts.json'}: does not describe experts of this model ({first_line(error)})"
+                        ) from None
     for name, tensor in model.state_dict().items():
         if is_mixture(name):
             if name not in tensors or tensors[name].shape != tensor.shape:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import losses
-from data import (COST_VIEWS, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key, encode,
+from data import (COST_VIEWS, PREFERENCES, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key, encode,
                   encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack, read_rows,
                   save_encoded, source_files, toy_comparisons, toy_demonstrations, toy_preferences)
 from eval import WEIGHT_FOLDERS, Parser, evaluate_run, load_judge, pooled_states, score, table
@@ -155,8 +155,11 @@ def score_model(config, model, groups):
 
 
 def routed_pair(config, model, groups):
-    """The safety and the helpfulness expert, frozen, under routers to be trained."""
-    for _, layer in expert_layers(load_adapter(model, *config.init_adapter.split(","))):
+    """The safety and the helpfulness expert, frozen, under routers to be trained. Raises UserError."""
+    folders = config.init_adapter.split(",")
+    if len(folders) != 2:
+        raise UserError(f"--init_adapter {config.init_adapter}: midpo wants two, the safety and the helpfulness expert")
+    for _, layer in expert_layers(load_adapter(model, *folders)):
         layer.lora_A.requires_grad_(False)
         layer.lora_B.requires_grad_(False)
     return set_routers(model, {"type": "sigmoid", "hidden": config.router_hidden,
@@ -253,9 +256,8 @@ def midpo_stages(config):
     if config.init_adapter:
         return
     yield from score_stages(config, ["reward", "cost"])
-    for view in ("safety", "helpful"):
-        yield stage(config, "spe-dpo", view, "lora_rank", "lora_alpha", "beta", "label_smoothing", "reward_model",
-                    "cost_model", view=view)
+    for view, judge in (("safety", "cost_model"), ("helpful", "reward_model")):
+        yield stage(config, "spe-dpo", view, "lora_rank", "lora_alpha", "beta", "label_smoothing", judge, view=view)
     config.init_adapter = f"{config.out}/safety/adapter,{config.out}/helpful/adapter"
 
 
@@ -287,14 +289,14 @@ METHODS = {
     "dpo": Method("helpful", dpo),
     "safedpo": Method("safedpo", safedpo),
     "reward": Method("helpful", reward, response_scores, score_model, reference=False,
-                     paper={"lr": 2e-5, "lora_rank": 0}, toy={"lr": 3e-4, "lora_rank": 0}),
+                     paper={"lr": 2e-5, "lora_rank": 0}, toy={"lr": 3e-4, "lora_rank": 0, "epochs": 1}),
     "cost": Method("cost", cost, response_scores, score_model, reference=False,
-                   paper={"lr": 2e-5, "lora_rank": 0}, toy={"lr": 3e-4, "lora_rank": 0}),
+                   paper={"lr": 2e-5, "lora_rank": 0}, toy={"lr": 3e-4, "lora_rank": 0, "epochs": 1}),
     "spe-dpo": Method("safety", spe_dpo, margins=True, stages=margin_stages,
                       paper={"lora_rank": 16, "weight_decay": 0.01}),
     "midpo": Method("dual", midpo, routed_logps, routed_pair, stages=midpo_stages,
                     paper={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
-                    toy={"weight_decay": 0.0, "lr": 1e-3, "epochs": 3, "router_hidden": 64, "harmful_share": 0.7}),
+                    toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7}),
     "pmol": Method("helpful", pmol, routed_logps, routed_experts, paper={"lora_rank": 16},
                    toy={"groups": "helpfulness,harmlessness,empathy"}),
     "mix-dpo": Method("helpful", moe_dpo, expert_logps, whole_experts, prepare=add_pooled,
@@ -424,22 +426,47 @@ def resolve(config):
     config.lora_alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
     for name, smallest in (("delta", 0), ("label_smoothing", 0), ("lora_rank", 0), ("max_steps", 0), ("warmup", 0),
                            ("weight_decay", 0), ("grad_clip", 0), ("save_every", 0), ("eval_every", 0),
-                           ("temperature", 0), ("seed", 0), ("router_l1", 0), ("egs_weight", 0), ("held_out", 0), ("flip_safety", 0), ("flip_preference", 0),
+                           ("temperature", 0), ("seed", 0), ("router_l1", 0), ("egs_weight", 0), ("annotators", 0), ("expert_noise", 0), ("held_out", 0), ("flip_safety", 0), ("flip_preference", 0),
                            ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("log_every", 1), ("max_len", 8),
                            ("router_hidden", 1)):
         if getattr(config, name) < smallest:
             raise UserError(f"--{name} {getattr(config, name)}: must be at least {smallest}")
-    for name in ("beta", "lr", "lora_alpha", "router_temperature", "router_lr"):
+    for name in ("beta", "lr", "lora_alpha", "router_temperature", "router_lr", "harmful_share", "q_temperature"):
         if getattr(config, name) <= 0 and (name != "lora_alpha" or config.lora_rank):
             raise UserError(f"--{name} {getattr(config, name)}: must be more than 0")
-    for name, limit in (("label_smoothing", 0.5), ("held_out", 1), ("flip_safety", 1), ("flip_preference", 1)):
+    if method.build in (routed_pair, routed_experts, whole_experts) and not config.lora_rank and not config.share:
+        raise UserError(f"--lora_rank 0: --method {config.method} trains LoRA experts; it needs a rank of at least 1")
+    for name, limit in (("label_smoothing", 0.5), ("held_out", 1), ("flip_safety", 1), ("flip_preference", 1),
+                        ("harmful_share", 1)):
         if getattr(config, name) >= limit:
             raise UserError(f"--{name} {getattr(config, name)}: must be less than {limit}")
+    check_lists(config)
     try:
         torch.empty(1, device=config.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
     return config
+
+
+def check_lists(config):
+    """Check the settings that are lists of numbers or names. Raises UserError."""
+    def numbers(name, text, what, fits):
+        try:
+            values = numbers_in(text)
+        except ValueError:
+            values = []
+        if not values or not all(map(fits, values)):
+            raise UserError(f"--{name} {getattr(config, name)}: expected {what}")
+
+    numbers("soft_constraint", config.soft_constraint, "numbers from 0 to 1", lambda value: 0 <= value <= 1)
+    if config.gate not in GATES:
+        numbers("gate", config.gate, f"{', '.join(GATES)} or positive numbers with commas", lambda value: 0 < value < math.inf)
+    if shares := group_shares(config):
+        for share in shares:
+            if not 0 < share < math.inf:
+                raise UserError(f"--groups {config.groups}: a share must be a number more than 0")
+    if config.data == "toy" and (unknown := set(group_names(config)) - set(PREFERENCES)):
+        raise UserError(f"--groups: the toy world has no preference {min(unknown)}; it has {', '.join(PREFERENCES)}")
 
 
 def parse_flags(argv):
@@ -783,13 +810,15 @@ def run_settings(config, base):
     """What config.json says: the flags, the base model's folder, and a name for what is in the files that go in."""
     names = [str(base), config.data, config.reward_model, config.cost_model, *config.init_adapter.split(",")]
     inputs = {name: files_key(name) for name in names if name and Path(name).exists()}
+    if config.data == "toy":
+        inputs["toy"] = content_key([Path(__file__).with_name("data.py")])
     return {**asdict(config), "base": str(base), "inputs": inputs}
 
 
 def is_complete(config):
     """Whether the run folder holds the finished run of these very settings, on the same files."""
     out = Path(config.out)
-    if not (out / "config.json").is_file() or not any((out / name).is_dir() for name in WEIGHT_FOLDERS):
+    if not (out / "config.json").is_file() or not any(any(out.glob(f"{name}/*.safetensors")) for name in WEIGHT_FOLDERS):
         return False
     before, settings = read_json(out / "config.json"), run_settings(config, base_folder(config))
     return all(before.get(name) == value for name, value in settings.items() if name not in FREE_ON_RESUME)
@@ -836,7 +865,7 @@ def add_margins(config, parts):
             for pair, (chosen, rejected) in zip(pairs, scores.tolist()):
                 pair.margin = max(0.0, SCORE_SIGNS[name] * (chosen - rejected))
     margins = [pair.margin for pair in parts["train"]]
-    if not any(margins):
+    if not folder and not any(margins):
         raise UserError(f"--method {config.method}: no margins; name a score model with --{name}_model, or use data "
                         f"whose rows have scores.{name} (eval.py --score writes them)")
     return (f"margins by {folder or f'the scores in {config.data}'}: mean {np.mean(margins):.3g}, clipped to 0 in "
@@ -850,8 +879,11 @@ def group_names(config):
 
 def group_shares(config):
     """The shares in --groups, 1 for one that is not given; None where none is."""
-    shares = [part.partition("=")[2] for part in config.groups.split(",")]
-    return [float(share or 1) for share in shares] if any(shares) else None
+    shares = [part.partition("=")[2] for part in config.groups.split(",") if part]
+    try:
+        return [float(share or 1) for share in shares] if any(shares) else None
+    except ValueError:
+        raise UserError(f"--groups {config.groups}: a share must be a number more than 0") from None
 
 
 HELD_OUT_PAIRS = 1000  # at most so many are measured: the standard error of an accuracy is then 1.6 % or less
@@ -1018,12 +1050,14 @@ def run(config):
 
 def main(argv=None):
     config = parse_flags(argv)
-    for before in METHODS[config.method].stages(config):
+    stages = METHODS[config.method].stages(config)
+    for before in stages:
         if is_complete(before):
             print(f"{before.out}: complete for these settings, kept", flush=True)
         else:
             print(f"{before.out}: --method {before.method} --view {before.view}", flush=True)
             run(before)
+    config.resume = config.resume and (not stages or (Path(config.out) / "checkpoint").is_dir())
     run(config)
 
 

@@ -1,14 +1,16 @@
 """The tables of the README: train every row of a study with several seeds, then print mean ± standard error.
 
     python tests/study.py safedpo              about 25 minutes on two CPU cores; finished runs are kept
-    python tests/study.py safedpo --split dev  the same on the development split, where settings are chosen
+    python tests/study.py midpo --split dev    on the development split, where settings are chosen
 
-Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/.
+Studies: safedpo, midpo, pmol, moe. Each seed makes a base model, comparisons, an order of training and samples of its
+own. Runs go to out/study/.
 """
 import argparse
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,41 +20,98 @@ sys.path.insert(0, str(ROOT))
 from eval import FIGURES, mean_and_error, table  # noqa: E402
 from model import read_json  # noqa: E402
 
-STUDIES = {  # study -> row of the table -> flags of train.py
+TOY_FIGURES = {key: heading for key, (heading, _, _) in FIGURES.items()}
+MIDPO = "--method midpo"
+EXPERTS = "--lora_rank 16 --harmful_share 0.7"
+TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
+       "caution")
+COUNTS = (2, 3, 4, 6, 10)
+
+
+def mixed(count):
+    return f"--groups {','.join(TEN[:count])}"
+
+
+# study -> row of the table -> (flags of train.py, where in the run folder its figures are: file, then keys)
+STUDIES = {
     "safedpo": {
-        **{f"SafeDPO Δ = {delta}, LoRA": f"--method safedpo --delta {delta} --lora_rank 16"
+        **{f"SafeDPO Δ = {delta}, LoRA": (f"--method safedpo --delta {delta} --lora_rank 16", "eval.json policy")
            for delta in (0, 2, 5, 10, 20, 50)},
-        "DPO-HELPFUL": "--method dpo --view helpful --lora_rank 0",
-        "DPO-HARMLESS": "--method dpo --view harmless --lora_rank 0",
-        "DPO-SAFEBETTER": "--method dpo --view safe-better --lora_rank 0",
-        "Δ = 10 without T": "--method safedpo --view helpful --delta 10 --lora_rank 0",
-        **{f"SafeDPO Δ = {delta}": f"--method safedpo --delta {delta} --lora_rank 0"
+        "DPO-HELPFUL": ("--method dpo --view helpful --lora_rank 0", "eval.json policy"),
+        "DPO-HARMLESS": ("--method dpo --view harmless --lora_rank 0", "eval.json policy"),
+        "DPO-SAFEBETTER": ("--method dpo --view safe-better --lora_rank 0", "eval.json policy"),
+        "Δ = 10 without T": ("--method safedpo --view helpful --delta 10 --lora_rank 0", "eval.json policy"),
+        **{f"SafeDPO Δ = {delta}": (f"--method safedpo --delta {delta} --lora_rank 0", "eval.json policy")
            for delta in (0, 2, 5, 10, 20, 50)},
+    },
+    "midpo": {
+        "DPO, safety pairs": (f"--method dpo --view safety {EXPERTS}", "eval.json policy"),
+        "DPO, helpfulness pairs": (f"--method dpo --view helpful {EXPERTS} --epochs 1", "eval.json policy"),
+        "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
+        "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
+        "both experts at 0.5": (MIDPO, "eval-static-0.5,0.5.json policy"),
+        "MidPO": (MIDPO, "eval.json policy"),
+    },
+    "pmol": {
+        **{f"{count}: {name}": (f"{flags} {mixed(count)}", "eval.json policy preferences") for count in COUNTS
+           for name, flags in (("PMoL", f"--method pmol --experts {count}"),
+                               ("single LoRA", f"--method dpo --lora_rank {16 * count}"),
+                               ("all weights", "--method dpo --lora_rank 0"))},
+        **{f"{count}: PMoL {name}": (f"--method pmol {flags} {mixed(count)}", "eval.json policy preferences")
+           for count in (3, 10)
+           for name, flags in (("without soft loss", "--egs_weight 0"), ("without empty expert", "--no_empty_expert"))},
+        **{f"3: PMoL, s_c = {s_c}": (f"--method pmol --soft_constraint {s_c} {mixed(3)}", "eval.json policy preferences")
+           for s_c in (0, 0.25, 0.75, 1)},
     },
 }
 
 
+def run(command, threads):
+    done = subprocess.run([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}")
+
+
 def train(flags, seed, split, threads):
-    """Run train.py unless its eval.json is there already; returns eval.json."""
+    """Run train.py unless its eval.json is there already; returns the run folder."""
     name = flags.replace("--", "").replace(" ", "_")
     out = Path("out/study") / f"{name}-seed{seed}-{split}"
     if not (out / "eval.json").is_file():
-        command = [sys.executable, ROOT / "train.py", *flags.split(), "--seed", str(seed), "--eval_split", split,
-                   "--out", out]
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode:
-            sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}")
-        print(f"done: {out}", file=sys.stderr, flush=True)
-    return read_json(out / "eval.json")
+        started = time.perf_counter()
+        run([ROOT / "train.py", *flags.split(), "--seed", seed, "--eval_split", split, "--out", out], threads)
+        print(f"done in {time.perf_counter() - started:.0f} s: {out}", file=sys.stderr, flush=True)
+    return out
+
+
+def figures(out, where, split):
+    """The figures of a finished run; the experts at fixed weights are evaluated now."""
+    file, *keys = where.split()
+    if "static" in file and not (out / file).is_file():
+        run([ROOT / "eval.py", out, "--static", file.removeprefix("eval-static-").removesuffix(".json"),
+             "--split", split], os.cpu_count())
+    found = read_json(out / file)
+    for key in keys:
+        found = found[key]
+    return found
 
 
 def over_seeds(runs):
     """Mean and standard error over seeds of every figure: [figures, …] -> figures."""
-    combined = {}
-    for key in FIGURES:
-        combined[key], combined[f"{key}_se"] = mean_and_error([figures[key] for figures in runs])
-    return combined
+    keys = [key for key, value in runs[0].items() if f"{key}_se" in runs[0]]
+    means = {key: mean_and_error([figures[key] for figures in runs]) for key in keys}
+    return {name: value for key in keys for name, value in zip((key, f"{key}_se"), means[key])}
+
+
+def router_table(reports, kinds=("harmful", "safe")):
+    """Median weight of each expert at the last prompt token, by layer and kind of prompt, over seeds."""
+    rows = {}
+    for layer in reports[0]:
+        rows[layer] = over_seeds([{key: value for kind in kinds for i, weight in enumerate(report[layer][kind])
+                                   for key, value in ((f"{kind} {i}", weight), (f"{kind} {i}_se", 0))}
+                                  for report in reports])
+    columns = {key: key for key in next(iter(rows.values())) if not key.endswith("_se")}
+    return table(rows, columns)
 
 
 def main():
@@ -62,17 +121,25 @@ def main():
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     args = parser.parse_args()
     rows = STUDIES[args.study]
-    cores = os.cpu_count() or 1
-    first = next(iter(rows.values()))
-    reports = {(first, seed): train(first, seed, args.split, cores) for seed in range(args.seeds)}  # makes the bases
+    cores, seeds = os.cpu_count() or 1, range(args.seeds)
+    every = list(dict.fromkeys(flags for flags, _ in rows.values()))
+    runs = {(every[0], seed): train(every[0], seed, args.split, cores) for seed in seeds}  # makes the base models
     with ThreadPoolExecutor(cores) as pool:  # one thread a run uses the cores better than all threads on one run
         rest = {(flags, seed): pool.submit(train, flags, seed, args.split, 1)
-                for flags in rows.values() for seed in range(args.seeds) if (flags, seed) not in reports}
-        reports.update({key: future.result() for key, future in rest.items()})
-    lines = {"base": over_seeds([reports[first, seed]["base"] for seed in range(args.seeds)])}
-    for name, flags in rows.items():
-        lines[name] = over_seeds([reports[flags, seed]["policy"] for seed in range(args.seeds)])
-    print(table(lines))
+                for flags in every for seed in seeds if (flags, seed) not in runs}
+        runs.update({key: future.result() for key, future in rest.items()})
+    lines = {}
+    for name, (flags, where) in rows.items():
+        file, who, *keys = where.split()
+        base = over_seeds([figures(runs[flags, seed], " ".join(["eval.json", "base", *keys]), args.split)
+                           for seed in seeds])
+        lines.setdefault(name.partition(": ")[0] + ": base" if ": " in name else "base", base)
+        lines[name] = over_seeds([figures(runs[flags, seed], where, args.split) for seed in seeds])
+    columns = TOY_FIGURES if "harmless_ratio" in base else {"mixing": "mixing score"}
+    print(table(lines, columns))
+    if args.study == "midpo":
+        print("\nRouter: expert 0 is safety, 1 helpfulness\n")
+        print(router_table([figures(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
 
 
 if __name__ == "__main__":
