@@ -1,4 +1,4 @@
-"""Generate on held-out prompts, judge the answers, print one table; or score the responses of a preference file.
+"""Generate on held-out prompts, judge the answers, print one table; or score or make the pairs of a preference file.
 
     python eval.py out/safedpo out/dpo          evaluate finished runs side by side
     python eval.py out/safedpo --split dev      on the development split, where settings are chosen
@@ -8,6 +8,7 @@ Every figure is a mean over prompts with its standard error. The judge of the to
 """
 import argparse
 import difflib
+import importlib
 import itertools
 import json
 import math
@@ -20,11 +21,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (PREFERENCES, TEMPLATES, Tokenizer, content_key, encode, judge, pack, preference_prompts,
-                  preference_score, read_rows, toy_eval_prompts)
+from data import (PREFERENCES, TEMPLATES, Tokenizer, content_key, encode, get_prompt, judge, pack, parse_line,
+                  preference_prompts, preference_score, read_lines, read_rows, toy_eval_prompts)
 from lora_moe import (expert_layers, load_adapter, load_experts, merge_experts, reference, router_weights, set_routers,
                       use_expert)
-from model import (DTYPES, ScoreModel, Transformer, UserError, files_key, find_folder, generate, read_json,
+from model import (DTYPES, ScoreModel, Transformer, UserError, files_key, find_folder, first_line, generate, read_json,
                    write_text)
 
 # name in eval.json -> (heading, which answers count, what is averaged); an answer is (Prompt, Verdict)
@@ -314,6 +315,72 @@ def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dt
     print(", ".join(f"{count} {name}" for name, count in counts.items()) + f": scored by {', '.join(models)}, in {out}")
 
 
+def load_scorer(name, template, max_len, batch_size, dtype, device):
+    """(short name, function of [(prompt, response)] to scores) of a score model, or of a Python function given as
+    "module:function", which is called with a prompt and a response and returns a number."""
+    if ":" in name and not Path(name).exists():
+        module, _, function = name.partition(":")
+        sys.path.insert(0, ".")
+        try:
+            judge_one = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"--reward_model {name}: {first_line(error)}") from None
+        return function, lambda texts: [float(judge_one(prompt, response)) for prompt, response in texts]
+    judge_model = load_judge(name, template, dtype, device)
+    return Path(name).name, lambda texts: score(*judge_model, texts, max_len, batch_size, device)
+
+
+def read_prompts(path):
+    """The prompts of a file: a line of text each, or .jsonl rows that have a "prompt". Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--make_pairs {path}: no such file")
+    if path.suffix == ".jsonl":
+        prompts = []
+        for number, line in read_lines(path):
+            try:
+                prompts.append(get_prompt(parse_line(line)))
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
+    else:
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--make_pairs {path}: no prompts")
+    return list({json.dumps(prompt): prompt for prompt in prompts}.values())
+
+
+def make_pairs(path, policy, scorers, out, template=None, samples=4, max_new_tokens=64, temperature=1.0, batch_size=16,
+               dtype="float32", device="cpu", seed=0):
+    """Sample responses to each prompt from a policy, and for each scorer write the best against the worst of them:
+    {"prompt", "chosen", "rejected", "group": the scorer, "scores"}; prompts whose responses it scores alike give none.
+
+    This is the protocol of Mix-DPO's IMDb study (arXiv 2510.08256, Section 5): GPT-2, several rewards, one data set.
+    """
+    prompts, out = read_prompts(path), Path(out)
+    folder = find_folder(policy)
+    model, tokenizer = Transformer.from_pretrained(folder, DTYPES[dtype], device).eval(), Tokenizer(folder, template)
+    tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts])
+    stops, counts, rows = (*model.config.eos_ids, tokenizer.eos_id), Counter(), []
+    for start in tqdm(range(0, len(prompts), batch_size), desc="pairs", unit="batch"):
+        some = prompts[start:start + batch_size]
+        outputs = generate(model, [ids for ids in tokens[start:start + batch_size] for _ in range(samples)],
+                           max_new_tokens, temperature, eos_ids=stops, seed=seed)
+        texts = [(prompt, tokenizer.decode(outputs[i * samples + j]).strip())
+                 for i, prompt in enumerate(some) for j in range(samples)]
+        for name, scorer in scorers:
+            for prompt, values, said in zip(some, np.reshape(scorer(texts), (-1, samples)).tolist(),
+                                            np.reshape([text for _, text in texts], (-1, samples)).tolist()):
+                best, worst = values.index(max(values)), values.index(min(values))
+                if values[best] > values[worst]:
+                    rows.append({"prompt": prompt, "chosen": said[best], "rejected": said[worst], "group": name,
+                                 "scores": {name: [values[best], values[worst]]}})
+                counts[name] += values[best] > values[worst]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{len(prompts)} prompts, {samples} responses each; pairs: "
+          + ", ".join(f"{count} {name}" for name, count in counts.items()) + f", in {out}")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line instead of argparse's page of usage, with the nearest flag where one was mistyped."""
@@ -328,17 +395,32 @@ def main(argv=None):
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--static", help="merge the experts of the runs at these fixed weights instead: 0.5,0.5")
+    parser.add_argument("--make_pairs", help="file of prompts, to which --model answers; --reward_model A,B,C, score "
+                        "models or Python functions module:function, make pairs of the answers; needs --out")
+    parser.add_argument("--model", help="the policy of --make_pairs: a folder or hub id")
+    parser.add_argument("--samples", type=int, default=4, help="answers to each prompt of --make_pairs")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="tokens of each such answer")
+    parser.add_argument("--seed", type=int, default=0, help="of such answers")
     parser.add_argument("--score", help="preference file whose responses are scored; needs --out and a model")
     parser.add_argument("--out", help="where --score writes the rows with their scores")
     parser.add_argument("--reward_model", help="score model of helpfulness: a folder or hub id")
     parser.add_argument("--cost_model", help="score model of harm, more than 0 being unsafe: a folder or hub id")
-    parser.add_argument("--template", choices=("chat", *TEMPLATES), help="prompt format of the score models")
+    parser.add_argument("--template", choices=("chat", *TEMPLATES), help="prompt format of the score models, or of --model")
+    parser.add_argument("--score_template", choices=("chat", *TEMPLATES), help="that of --make_pairs' score models")
     parser.add_argument("--max_len", type=int, default=2048, help="tokens of prompt and response for score models")
     parser.add_argument("--batch_size", type=int, default=16, help="responses that are scored at a time")
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES), help="of the score models")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip_bad_rows", action="store_true", help="leave out and count rows that cannot be used")
     args = parser.parse_args(argv)
+    if args.make_pairs:
+        if not (args.model and args.reward_model and args.out and args.out.endswith(".jsonl")) or args.samples < 2:
+            raise UserError("--make_pairs needs --model, --reward_model, --out FILE.jsonl and at least 2 --samples")
+        scorers = [load_scorer(name, args.score_template, args.max_len, args.batch_size, args.dtype, args.device)
+                   for name in args.reward_model.split(",")]
+        make_pairs(args.make_pairs, args.model, scorers, args.out, args.template, args.samples, args.max_new_tokens,
+                   args.temperature, args.batch_size, args.dtype, args.device, args.seed)
+        return
     if args.score:
         models = {name: model for name, model in (("reward", args.reward_model), ("cost", args.cost_model)) if model}
         if not models or not args.out or not args.out.endswith(".jsonl"):

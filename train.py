@@ -235,7 +235,8 @@ def stage(config, method, name, *also, **changes):
 
 def carries_score(config, name):
     """Whether the rows of the data have this score already."""
-    return config.data != "toy" and name in (next(read_rows(source_files(config.data)[0]))[0]["scores"] or ())
+    return config.data != "toy" and all(name in (next(read_rows(source_files(source)[0]))[0]["scores"] or ())
+                                        for source in sources(config))
 
 
 def score_stages(config, wanted):
@@ -324,7 +325,8 @@ class Config:
     """Every setting of a run. None means: the value for this model and method in `resolve`."""
     method: str = flag("safedpo", "what to train", tuple(METHODS))
     model: str = flag("toy", "'toy', a folder in Hugging Face layout, or a hub id")
-    data: str = flag("toy", f"where comparisons come from: toy, {', '.join(SOURCES)}, a file or a folder")
+    data: str = flag("toy", f"where comparisons come from: toy, {', '.join(SOURCES)}, a file or a folder; several "
+                            "with commas are a group each")
     out: str = flag(None, "run folder (default: out/<method>)")
     view: str = flag(None, "how comparisons become pairs (default: the method's)", tuple(VIEWS))
     groups: str = flag("", "preferences that are mixed: names with commas, with =share in other than equal parts or "
@@ -410,10 +412,11 @@ def resolve(config):
             raise UserError(f"--{setting.name} {value}: choose from {', '.join(choices)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"--{setting.name} {value}: not a finite number")
-    if config.data not in ("toy", *SOURCES) and not Path(config.data).exists():
-        near = difflib.get_close_matches(config.data, SOURCES, 1)
-        raise UserError(f"--data {config.data}: neither a file or folder here nor one of toy, {', '.join(SOURCES)}"
-                        + (f"; did you mean {near[0]}?" if near else ""))
+    for source in sources(config):
+        if source not in ("toy", *SOURCES) and not Path(source).exists() or source == "toy" != config.data:
+            near = difflib.get_close_matches(source, SOURCES, 1)
+            raise UserError(f"--data {source}: neither a file or folder here nor one of toy, {', '.join(SOURCES)}"
+                            + (f"; did you mean {near[0]}?" if near else ""))
     method = METHODS[config.method]
     config.out = config.out or f"out/{config.method}"
     config.view = config.view or method.view
@@ -808,7 +811,7 @@ FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpointing", "save_e
 
 def run_settings(config, base):
     """What config.json says: the flags, the base model's folder, and a name for what is in the files that go in."""
-    names = [str(base), config.data, config.reward_model, config.cost_model, *config.init_adapter.split(",")]
+    names = [str(base), *sources(config), config.reward_model, config.cost_model, *config.init_adapter.split(",")]
     inputs = {name: files_key(name) for name in names if name and Path(name).exists()}
     if config.data == "toy":
         inputs["toy"] = content_key([Path(__file__).with_name("data.py")])
@@ -872,6 +875,11 @@ def add_margins(config, parts):
             f"{margins.count(0.0) / len(margins):.1%} of the pairs")
 
 
+def sources(config):
+    """What --data names; a path with a comma in its name is one source."""
+    return [config.data] if Path(config.data).exists() else config.data.split(",")
+
+
 def group_names(config):
     """The names in --groups, without their shares."""
     return [part.partition("=")[0] for part in config.groups.split(",") if part]
@@ -895,17 +903,18 @@ def load_data(config, tokenizer):
     Kept under out/cache by content: the same files, tokenizer and settings are not read and tokenised twice. That
     folder may be deleted at any time.
     """
-    files, path = ([], []), None
+    each, path = {}, None
     if config.data != "toy":
-        files = source_files(config.data)
+        each = {source: source_files(source) for source in sources(config)}
+        files = [sum((list(found[part]) for found in each.values()), []) for part in (0, 1)]  # to train on, to test
         settings = [getattr(config, name) for name in ("view", "max_len", "seed", "held_out", "flip_safety",
                                                        "flip_preference", "skip_bad_rows", "score_template",
                                                        "groups")]
         code = Path(__file__).with_name("data.py")  # decides what becomes of a row, so it is a part of the content
         folders = [[file.parent.name for file in part] for part in files]  # in hh-rlhf they name the group
         judges = [files_key(find_folder(name)) for name in (config.reward_model, config.cost_model) if name]
-        key = content_key([code, *files[0], *files[1]], folders, config.method, judges, tokenizer.key(), settings,
-                          HELD_OUT_PAIRS)
+        key = content_key([code, *files[0], *files[1]], folders, list(each), config.method, judges, tokenizer.key(),
+                          settings, HELD_OUT_PAIRS)
         path = Path("out") / "cache" / f"{key}.safetensors"
         if path.is_file():
             parts, lines = load_encoded(path, ("train", "held_out"))
@@ -921,7 +930,12 @@ def load_data(config, tokenizer):
         seen = {comparison.prompt for comparison in comparisons}
         test = [c for c in make(TOY_COMPARISONS // 4, config.seed + 1_000_000) if c.prompt not in seen]
     else:
-        comparisons, test, lines = load_comparisons(*files, config.seed, config.held_out, config.skip_bad_rows)
+        comparisons, test = [], []
+        for source, found in each.items():
+            mine = load_comparisons(*found, config.seed, config.held_out, config.skip_bad_rows)
+            for comparison in (*mine[0], *mine[1]) if len(each) > 1 else ():
+                comparison.group = Path(source).name  # of several sources, each is a group
+            comparisons, test, lines = comparisons + mine[0], test + mine[1], lines + mine[2]
     if config.flip_safety or config.flip_preference:  # held-out labels stay as they are
         lines.append(flip_labels(comparisons, config.flip_safety, config.flip_preference, config.seed))
     np.random.default_rng(config.seed).shuffle(test)

@@ -46,7 +46,7 @@ STUDIES = {
     },
     "midpo": {
         "DPO, safety pairs": (f"--method dpo --view safety {EXPERTS}", "eval.json policy"),
-        "DPO, helpfulness pairs": (f"--method dpo --view helpful {EXPERTS} --epochs 1", "eval.json policy"),
+        "DPO, helpfulness pairs": (f"--method dpo --view helpful {EXPERTS}", "eval.json policy"),
         "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
         "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
         "both experts at 0.5": (MIDPO, "eval-static-0.5,0.5.json policy"),

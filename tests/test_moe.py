@@ -108,7 +108,7 @@ def test_in_float32_the_loss_is_the_likelihood_as_well():
     policy, reference, logits = draw(3, 6)
     loss, _ = moe_dpo_loss(policy.float(), reference.float(), logits.float().log_softmax(-1), 0.3)
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(float(minus_log_likelihood(policy, reference, logits, 0.3)), rel=1e-5)
+    assert loss.item() == pytest.approx(minus_log_likelihood(policy, reference, logits, 0.3).item(), rel=1e-5)
 
 
 def test_the_bound_lies_below_the_likelihood_for_any_other_responsibilities():
@@ -497,13 +497,15 @@ def test_a_gate_on_prompts_looks_at_the_bases_states_of_each_rendered_prompt(pla
         layer.lora_B.data.normal_(0, 1)
     model.gate = Gate("prompt", 4, width=32)
     model.gate.weight.data = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
-    found = choose_experts(model, tokenizer, texts, "sparse").tolist()
-    assert found == (states @ model.gate.weight.detach()).argmax(-1).tolist() and len(set(found)) > 1
+    model.gate.bias.data = -states.mean(0) @ model.gate.weight.data  # what all states have in common decides nothing
+    expected = (states - states.mean(0)) @ model.gate.weight.data
+    assert choose_experts(model, tokenizer, texts, "sparse").tolist() == expected.argmax(-1).tolist()
+    assert len(set(expected.argmax(-1).tolist())) > 1
 
 
 @pytest.mark.parametrize("kind", ("adapters", "adapters on gpt2", "LoRA heads", "heads"))
 def test_rows_answered_by_different_experts_equal_each_alone_with_its_expert_merged(kind):
-    model = mixture(kind).double()
+    model = mixture(kind, expert_noise=1.5).double()
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 61, length).tolist() for length in (3, 7, 1, 5, 5)]
     prompts[4] = prompts[3]
@@ -646,8 +648,6 @@ def test_two_runs_of_a_seed_give_the_same_bytes_and_another_seed_does_not(place)
     assert files_of(first) == files_of(second) and timeless(first) == timeless(second)
     assert len(files_of(first)) >= 6
     assert timeless(first) != timeless(other)
-    again = run("a", *flags, "--seed", 0)
-    assert files_of(again) == files_of(second)
 
 
 @pytest.mark.parametrize("flags", (("--gate", "prompt"), ("--latent", "annotator", "--gate", "user")),
@@ -696,15 +696,12 @@ def test_each_expert_is_compared_with_its_own_reference(place):
     assert max(map(abs, margins)) > 1e-2
     assert row["loss"] == pytest.approx(sum(losses_of) / 6, rel=1e-4)
     assert row["rewards/margins"] == pytest.approx(sum(margins) / 6, rel=1e-3, abs=1e-5)
-    again = run("again", *FLAGS, "--method", "mix-dpo", "--gate", "0.6,0.4", "--references", ",".join(folders))
-    assert files_of(again) == files_of(out)
 
 
 def test_experts_of_every_kind_come_apart_in_training(place):
     """Copies that start alike and get the same gradient would stay alike for ever."""
     for flags in ((), ("--share", "trunk"), ("--share", "trunk", "--lora_rank", 0)):
-        out = run("run", *FLAGS, "--method", "mix-dpo", *flags, "--model", "out/toy-base-seed0", "--data", "toy",
-                  "--groups", "warmth,curtness", "--lr", 1e-2)
+        out = run("run", *FLAGS, "--method", "mix-dpo", *flags, "--lr", 1e-2)
         tensors = load_file(out / "experts/experts.safetensors")
         (name, B), *_ = [(name, tensor) for name, tensor in tensors.items() if name.endswith("lora_B")]
         A = tensors[name.replace("lora_B", "lora_A")]
@@ -724,12 +721,6 @@ def test_shares_of_the_populations_are_those_of_the_pairs_that_are_trained_on(pl
     who = {name for names in steps for name in names}
     assert tastes["warmth"] / sum(tastes.values()) == pytest.approx(0.75, abs=0.08)
     assert len(who) == 6, who
-
-
-def test_weights_that_are_given_may_leave_an_expert_out(place):
-    out = run("run", *FLAGS, "--method", "mix-dpo", "--gate", "1,0")
-    assert all(math.isfinite(value) for row in rows(out) for value in row.values())
-    assert rows(out)[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
 
 
 def test_fixed_weights_need_not_sum_to_one(place):
@@ -804,6 +795,7 @@ def test_ultrafeedback_trains_one_expert_for_each_of_its_four_aspects(place):
     (("--gate", "nonsense"), ("--gate nonsense", "prompt", "user")),
     (("--gate", "0,0"), ("--gate 0,0",)),
     (("--gate=-1,2",), ("--gate -1,2",)),
+    (("--gate", "1,0"), ("--gate 1,0", "positive")),
     (("--gate", "nan,1"), ("--gate nan,1",)),
     (("--latent", "nobody"), ("--latent nobody", "comparison", "annotator")),
     (("--objective", "sum"), ("--objective sum", "elbo", "weights")),
@@ -815,7 +807,7 @@ def test_ultrafeedback_trains_one_expert_for_each_of_its_four_aspects(place):
     (("--experts=-2",), ("--experts -2",)),
     (("--router_lr", "0"), ("--router_lr 0", "more than 0")),
     (("--annotators=-1",), ("--annotators -1",)),
-    (("--lora_rank", "0"), ("--lora_rank 0", "--share trunk")),
+    (("--lora_rank", "0"), ("--lora_rank 0",)),
     (("--lora_targets", "down_proj,lm_head"), ("lm_head",)),
     (("--groups", "kindness,warmth"), ("--groups", "kindness")),
 ), ids=lambda value: " ".join(value) if value[0].startswith("--") else "")
