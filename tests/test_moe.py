@@ -12,33 +12,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 import eval as eval_file
 import losses
 import train
-from data import Encoded, Tokenizer, apply_view, judge, pack, toy_preferences
+from data import Encoded, Tokenizer, apply_view, pack, toy_preferences
 from eval import choose_experts, pooled_states
-from lora_moe import Gate, add_experts, expert_layers, load_experts, merge_experts, save_experts, set_routers, use_expert
+from lora_moe import (Gate, add_experts, expert_layers, load_experts, merge_experts, save_adapter, save_experts,
+                      set_routers, use_expert)
 from losses import dpo_loss, moe_dpo_loss
 from model import Transformer, UserError, generate, read_json
 from test_losses import brute_force, encoded_of, sequences, tiny
-from test_train import bases, interrupt_at, line_of, make_small, place, rows, run, timeless  # noqa: F401
+from test_pmol import files_of, in_a_hurry  # noqa: F401
+from test_train import bases, interrupt_at, line_of, place, rows, run, timeless  # noqa: F401
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (7, 1, 3), (2, 3, 1), (9, 8, 7)]
-
-
-def hurry(patch):
-    """Answers are short, and few prompts ask for each preference."""
-    patch.setattr(eval_file, "generate", lambda model, prompts, count, *rest, **named:
-                  generate(model, prompts, min(count, 4), *rest, **named))
-    sample = eval_file.preference_sample
-    patch.setattr(eval_file, "preference_sample", lambda names, split, seed: sample(names, split, seed, 4))
-
-
-@pytest.fixture(autouse=True)
-def in_a_hurry(monkeypatch):
-    hurry(monkeypatch)
 
 
 # The loss: draws, and the likelihood one pair and one expert at a time in float64
@@ -265,7 +253,8 @@ def test_anonymous_comparisons_of_opposite_tastes_say_nothing_and_repeated_ones_
 
 
 KINDS = {  # the settings that make experts in a model: whole adapters, LoRA heads and full copies of the head
-    "adapters": ("llama", dict(lora_targets="q_proj,down_proj")), "adapters on gpt2": ("gpt2", dict(lora_targets="down_proj")),
+    "adapters": ("llama", dict(lora_targets="q_proj,down_proj")),
+    "adapters on gpt2": ("gpt2", dict(lora_targets="down_proj")),
     "LoRA heads": ("llama", dict(share="trunk")), "heads": ("llama", dict(share="trunk", lora_rank=0)),
     "untied heads": ("qwen2", dict(share="trunk", lora_rank=0))}
 
@@ -393,7 +382,8 @@ def test_a_learned_gate_is_uniform_at_first_and_then_its_formula(kind, pooled):
         if kind == "constant":
             logits = bias
         elif kind == "prompt":
-            logits = [b + sum(float(pooled[n, d]) * float(gate.weight[d, k]) for d in range(4)) for k, b in enumerate(bias)]
+            logits = [b + sum(pooled[n, d].item() * gate.weight[d, k].item() for d in range(4))
+                      for k, b in enumerate(bias)]
         else:
             own = gate.weight[group[n]].tolist() if group[n] >= 0 else \
                 [sum(gate.weight[u, k].item() for u in range(3)) / 3 for k in range(3)]
@@ -438,7 +428,7 @@ def test_a_saved_mixture_loads_again_with_its_gate(kind, gate, tmp_path):
         after = train.expert_logps(loaded, batch)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert loaded.gate.spec == model.gate.spec
-    assert before[1].unique(dim=0).shape[0] == (1 if gate in ("constant", "0.5,0.2,0.3") else 3 if gate == "user" else 5)
+    assert before[1].unique(dim=0).shape[0] == {"prompt": 5, "user": 3}.get(gate, 1)
 
 
 def test_a_damaged_gate_is_named_in_one_line(tmp_path):
@@ -454,7 +444,8 @@ def test_a_damaged_gate_is_named_in_one_line(tmp_path):
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
         return str(caught.value)
 
-    assert "gate.weight is missing or not of shape (2, 3)" in said({n: t for n, t in whole.items() if n != "gate.weight"})
+    without = {name: tensor for name, tensor in whole.items() if name != "gate.weight"}
+    assert "gate.weight is missing or not of shape (2, 3)" in said(without)
     assert "gate.bias" in said({**whole, "gate.bias": torch.zeros(4)})
     assert "gate.weight" in said(groups=["a", "b", "c"])
     assert "gate.weight" in said(kind="constant")
@@ -585,19 +576,14 @@ def test_without_shares_or_annotators_the_order_is_a_plain_permutation():
 FLAGS = ("--lora_rank", 4, "--annotators", 6, "--max_steps", 3, "--log_every", 1, "--batch_size", 6)
 RUNS = {
     "mix": ("--method", "mix-dpo"), "moe": ("--method", "moe-dpo"),
-    "fixed gate": ("--method", "mix-dpo", "--gate", "0.7,0.3"), "prompt gate": ("--method", "moe-dpo", "--gate", "prompt"),
+    "fixed gate": ("--method", "mix-dpo", "--gate", "0.7,0.3"),
+    "prompt gate": ("--method", "moe-dpo", "--gate", "prompt"),
     "user gate": ("--method", "mix-dpo", "--gate", "user"), "heads": ("--method", "moe-dpo", "--share", "trunk"),
     "full heads": ("--method", "moe-dpo", "--share", "trunk", "--lora_rank", 0, "--expert_noise", 0),
     "annotators": ("--method", "mix-dpo", "--latent", "annotator"),
     "weights": ("--method", "mix-dpo", "--objective", "weights", "--experts", 3),
     "one expert": ("--method", "mix-dpo", "--experts", 1),
 }
-
-
-def files_of(out):
-    """{file: bytes} of all that a run computed, its times and its own name left out."""
-    return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*"))
-            if path.is_file() and path.name not in ("metrics.jsonl", "config.json")}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -634,8 +620,8 @@ def test_a_run_writes_a_mixture_that_evaluation_reads_again(place, monkeypatch, 
         assert figures["mixing"] == pytest.approx((figures["warmth"] + figures["curtness"]) / 2)
 
     loaded, _, _ = eval_file.load_policy(out)
-    states = trained[0].state_dict(), loaded.state_dict()
-    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    states, found = trained[0].state_dict(), loaded.state_dict()
+    assert states.keys() == found.keys() and all(torch.equal(states[key], found[key]) for key in states)
     before = (out / "eval.json").read_bytes(), (out / "samples.txt").read_bytes()
     (out / "eval.json").unlink()
     eval_file.main([str(out)])
@@ -696,6 +682,24 @@ def test_each_expert_is_compared_with_its_own_reference(place):
     assert max(map(abs, margins)) > 1e-2
     assert row["loss"] == pytest.approx(sum(losses_of) / 6, rel=1e-4)
     assert row["rewards/margins"] == pytest.approx(sum(margins) / 6, rel=1e-3, abs=1e-5)
+
+
+def test_a_mixture_can_start_from_adapters_one_expert_each(place):
+    for k in (0, 1):
+        model = add_experts(Transformer.from_pretrained("out/toy-base-seed0"), ["down_proj"], 2, 4, seed=k)
+        for _, layer in expert_layers(model):
+            layer.lora_B.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(k))
+        save_adapter(model, f"adapter{k}")
+        merge_experts(model).save_pretrained(Path(f"merged{k}"))
+    out = run("run", *FLAGS, "--method", "mix-dpo", "--init_adapter", "adapter0,adapter1")
+    total, deltas = 0.0, []
+    for pair in first_batch():
+        base = logps_alone("out/toy-base-seed0", pair)
+        for k in (0, 1):
+            chosen, rejected = logps_alone(f"merged{k}", pair)
+            deltas.append(0.3 * (chosen - base[0] - rejected + base[1]))
+        total -= math.log(sum(0.5 / (1 + math.exp(-delta)) for delta in deltas[-2:])) / 6
+    assert np.std(deltas) > 1e-2 and rows(out)[0]["loss"] == pytest.approx(total, rel=1e-4)
 
 
 def test_experts_of_every_kind_come_apart_in_training(place):

@@ -6,6 +6,7 @@ import re
 import signal
 import statistics
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,17 +22,21 @@ from data import (CLOSINGS, CONTEXTS, OPENINGS, PREFERENCES, REFUSALS, WARM, Pro
 from lora_moe import expert_layers
 from losses import expert_group_soft_loss, group_targets
 from model import Transformer, UserError, generate, read_json
-from test_train import (COMPARISONS, bases, interrupt_at, line_of, make_small, place, rows, run,  # noqa: F401
-                        timeless)
+from test_train import COMPARISONS, bases, interrupt_at, line_of, place, rows, run, timeless  # noqa: F401
+
+
+few_prompts = cache(lambda split, seed, every=eval_file.toy_eval_prompts: every(split, seed)[::3])
+few_that_ask = cache(lambda name, split, seed, sample=eval_file.preference_sample: sample([name], split, seed, 5)[name])
 
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch):
-    """Answers are short, and few prompts ask for each preference."""
+    """Answers are short, and prompts few."""
     monkeypatch.setattr(eval_file, "generate", lambda model, prompts, count, *rest, **named:
                         generate(model, prompts, min(count, 4), *rest, **named))
-    sample = eval_file.preference_sample
-    monkeypatch.setattr(eval_file, "preference_sample", lambda names, split, seed: sample(names, split, seed, 5))
+    monkeypatch.setattr(eval_file, "toy_eval_prompts", few_prompts)
+    monkeypatch.setattr(eval_file, "preference_sample", lambda names, split, seed:
+                        {name: few_that_ask(name, split, seed) for name in names})
 
 
 # The targets
@@ -237,7 +242,8 @@ def test_the_prompt_tells_the_first_ten_preferences_apart():
 
 
 def test_tastes_that_are_opposite_share_their_prompts():
-    assert [p.text for p in preference_prompts("warmth", "test")] == [p.text for p in preference_prompts("curtness", "test")]
+    warm, curt = ([prompt.text for prompt in preference_prompts(name, "test")] for name in ("warmth", "curtness"))
+    assert warm == curt
     prompt = Prompt(f"How do I {TASK.name}?", TASK)
     for answer in BY_HAND:
         if not judge(prompt, answer).degenerate:
@@ -340,8 +346,8 @@ def test_a_run_starts_at_the_figures_of_a_plain_loop_and_writes_a_mixture(place,
     eval_file.main([str(out)])
     assert ((out / "eval.json").read_bytes(), (out / "samples.txt").read_bytes()) == before
     loaded, _, _ = eval_file.load_policy(out)
-    states = trained[0].state_dict(), loaded.state_dict()
-    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    states, found = trained[0].state_dict(), loaded.state_dict()
+    assert states.keys() == found.keys() and all(torch.equal(states[key], found[key]) for key in states)
 
 
 def test_without_soft_loss_every_steps_loss_is_that_of_dpo(place):
@@ -423,7 +429,7 @@ def test_preferences_are_scored_on_prompts_that_ask_for_them(place, monkeypatch)
     scores = {name: [] for name in names}
     for name in names:
         prompts = eval_file.preference_sample((name,), "test", 3)[name]
-        assert len(prompts) == 5 and {prompt.text for prompt in prompts} <= {p.text for p in preference_prompts(name, "test")}
+        assert len(prompts) == 5 and set(prompts) <= set(preference_prompts(name, "test"))
         for i, prompt in enumerate(prompts):
             steps = " ".join(f"{'Then' if place else 'First'} {step}." for place, step in enumerate(prompt.task.steps))
             answer = (f"Sure. {steps}", f"{WARM[0]} {REFUSALS[0]}", steps)[i % 3]
@@ -506,6 +512,25 @@ def test_some_of_a_files_groups_can_be_chosen_in_shares(place, monkeypatch, caps
     assert all(abs(counts["exact"] - 2) <= 1 for counts in steps[-3:])
     assert all(encoded.groups == ("kind", "exact") for encoded, _ in seen)
     assert "eval/router/soft_loss" in rows(out)[-1]
+
+
+@pytest.mark.parametrize("paths", (("kind.jsonl", "brief.jsonl"), ("kind/pairs.jsonl", "brief/pairs.jsonl")),
+                         ids=" ".join)
+def test_of_several_sources_each_is_a_group(place, monkeypatch, paths):
+    seen, prepare = [], train.encode_pairs
+    monkeypatch.setattr(train, "encode_pairs", lambda tokenizer, pairs, *rest: seen.append(pairs) or
+                        prepare(tokenizer, pairs, *rest))
+    source = {}
+    for path, start in zip(paths, (0, 12)):
+        Path(path).parent.mkdir(exist_ok=True)
+        lines = preference_file(path, ("ignored",), 36)[start:start + 12]
+        Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        source.update({line["prompt"] + line["chosen"]: path for line in lines})
+    out = run("run", *REAL, "--data", ",".join(paths), "--held_out", 0)
+    assert read_json(out / "config.json")["experts"] == 2
+    groups = {path: {pair.group for pair in seen[0] if source[pair.prompt + pair.chosen] == path} for path in paths}
+    assert len(seen[0]) == 24 and all(len(names) == 1 for names in groups.values())
+    assert set.union(*groups.values()) == set(read_json(out / "config.json")["groups"].split(","))
 
 
 def test_the_toy_base_mixes_the_groups_of_a_file_by_default(place):
