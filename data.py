@@ -671,7 +671,7 @@ def encode_pairs(tokenizer, pairs, max_len, responses=2, groups=()):
     """
     labels = {name: np.array([getattr(pair, name) for pair in pairs], dtype=np.float32)
               for name in ("chosen_unsafe", "rejected_unsafe", "margin")}
-    groups = tuple(groups) or tuple(sorted({pair.group for pair in pairs}))
+    groups = tuple(groups) or tuple(sorted({pair.group for pair in pairs} - {""}))
     numbers = {name: i for i, name in enumerate(groups)}
     labels["group"] = np.array([numbers.get(pair.group, -1) for pair in pairs])
     prompts = (tokenizer.render(pair.prompt) for pair in pairs)

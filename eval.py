@@ -196,6 +196,8 @@ def merge_static(policy, weights):
         raise UserError(f"--static {weights}: this run has no experts to merge")
     if len(values) != count or not all(map(math.isfinite, values)):
         raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
+    if hasattr(policy, "gate"):
+        del policy.gate
     return merge_experts(set_routers(policy, {"type": "constant", "weights": values}))
 
 
@@ -215,7 +217,7 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="e
         count = max(layer.num_experts for _, layer in expert_layers(policy))
         report["uses"] = {use: evaluate_preferences(policy, tokenizer, preferences, split, seed, temperature, use)
                           for use in ("mixture", "sparse", *map(str, range(count)))}
-    elif any(layer.weights is not None and layer.weights.dim() > 1 for _, layer in expert_layers(policy)):
+    elif not hasattr(policy, "gate") and any(layer.weights is not None and layer.weights.dim() > 1 for _, layer in expert_layers(policy)):
         prompts = toy_eval_prompts(split, seed)
         kinds = {"harmful": [p for p in prompts if p.task.harmful], "safe": [p for p in prompts if not p.task.harmful]}
         report["router"] = router_report(policy, tokenizer, preference_sample(preferences, split, seed) or kinds)

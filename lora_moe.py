@@ -11,6 +11,7 @@ import json
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,14 +33,16 @@ def seeded_linear(d_in, d_out, bias, generator):
 
 
 class ConstantRouter(nn.Module):
-    """The same weights for every token: (K,). Plain LoRA is one expert with weight 1."""
+    """The same weights for every token: (K,), or (B, K) for each row. Plain LoRA is one expert with weight 1."""
 
     def __init__(self, weights):
         super().__init__()
         self.register_buffer("weights", torch.as_tensor(weights, dtype=torch.float32), persistent=False)
 
     def forward(self, x):
-        return self.weights
+        if self.weights.dim() == 1:
+            return self.weights
+        return self.weights.view(len(self.weights), *[1] * (x.dim() - 2), -1)           # (B, 1, K) for x (B, T, D)
 
 
 class SigmoidRouter(nn.Module):
@@ -235,8 +238,7 @@ def use_expert(model, number):
     for _, layer in expert_layers(model):
         assert isinstance(layer.router, ConstantRouter), "only whole experts can be chosen"
         chosen = F.one_hot(torch.as_tensor(number), layer.num_experts).float()          # (K,) or (B, K)
-        layer.router.weights = chosen.to(layer.base.weight.device).unsqueeze(-2) if chosen.dim() == 2 else \
-            chosen.to(layer.base.weight.device)
+        layer.router.weights = chosen.to(layer.base.weight.device)
 
 
 class OneExpert:
@@ -273,6 +275,9 @@ def trainable_parameters(model):
 def merge_experts(model):
     """Fold the experts into the base weights, for good, leaving a plain model that `save_pretrained` accepts."""
     for name, layer in list(expert_layers(model)):
+        if name == "lm_head" and model.config.tied:  # the embedding stays what it is, so the two part
+            layer.base.weight = nn.Parameter(layer.base.weight.clone())
+            model.config = replace(model.config, tied=False, hf={**model.config.hf, "tie_word_embeddings": False})
         layer.base.weight.copy_(layer.merged_weight())
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, layer.base)

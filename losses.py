@@ -93,7 +93,7 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
       and its gradients are those of −log p. q_temperature T ≠ 1 tempers the E-step, q^(1/T): the bound is then loose.
     - "weights": the poster's −Σ_k w_k log σ(Δr_k), which Jensen's inequality puts above −log p.
     annotator (N,): pairs with the same number share one latent expert, q ∝ w Π_i σ(Δr_k,i), and count as one event
-    whose prior is the gate's mean over them; None: every pair has its own. Returns (loss, figures).
+    whose prior is the gate's, averaged over them as logarithms; None: every pair has its own. Returns (loss, figures).
     """
     ratios = beta * (policy_logps - ref_logps)
     margins = (ratios[..., 0] - ratios[..., 1]).T                             # (N, K)
@@ -105,7 +105,8 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
         if annotator is not None:
             owner, count = annotator.unique(return_inverse=True, return_counts=True)[1:]
             sums = fit.new_zeros(len(count), fit.shape[1])                    # (annotators, K)
-            prior, evidence = sums.index_add(0, owner, log_gate) / count[:, None], sums.index_add(0, owner, fit)
+            prior = (sums.index_add(0, owner, log_gate) / count[:, None]).log_softmax(-1)
+            evidence = sums.index_add(0, owner, fit)
         log_q = ((prior + evidence).detach() / q_temperature).log_softmax(-1)
         q = log_q.exp()
         loss = (q * (log_q - prior - evidence)).sum(-1) * (len(q) / len(fit))  # its mean is per pair, not per annotator

@@ -21,6 +21,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -70,9 +71,11 @@ def midpo(outputs, reference, batch, config):
 def pmol(outputs, reference, batch, config):
     logps, weights = outputs                             # weights: (L, tokens, K + 1), the empty expert's last
     loss, figures = dpo(logps, reference, batch, config)
-    target = losses.group_targets(len(group_names(config)), config.experts, numbers_in(config.soft_constraint)).to(weights.device)
+    target = losses.group_targets(len(group_names(config)), config.experts, numbers_in(config.soft_constraint))
     pair = batch.pair.flatten()
-    soft = losses.expert_group_soft_loss(weights, batch.labels["group"][pair[pair >= 0]], target)
+    group = batch.labels["group"][pair[pair >= 0]]       # (tokens,), -1 where a pair has none
+    soft = weights.new_zeros(()) if (group < 0).all() else losses.expert_group_soft_loss(
+        weights[:, group >= 0], group[group >= 0], target.to(weights.device))
     figures = {**figures, "router/soft_loss": soft.detach(),
                "router/empty": 1 - weights[..., :config.experts].detach().sum(-1).mean(),
                "router/entropy": torch.special.entr(weights.detach()).sum(-1).mean()}
@@ -168,7 +171,7 @@ def routed_pair(config, model, groups):
 
 def routed_experts(config, model, groups):
     """K experts and their softmax routers, trained together. Raises UserError where K is no multiple of the groups."""
-    if not any(groups):
+    if not groups:
         raise UserError("--method pmol: these comparisons do not say which preference they belong to")
     config.groups = config.groups or ",".join(groups)
     config.experts = config.experts or len(groups)
@@ -181,30 +184,41 @@ def routed_experts(config, model, groups):
 
 
 def whole_experts(config, model, groups):
-    """K whole policies, fresh or --init_adapter, or with --share trunk K heads; and the gate."""
-    config.experts = config.experts or 2
-    if config.init_adapter:
-        load_adapter(model, *config.init_adapter.split(","))
-        config.experts = len(config.init_adapter.split(","))
-    elif config.share == "trunk" and config.lora_rank == 0:  # W + B I: each B is a full copy's difference to the head
+    """K whole policies, fresh or --init_adapter, or with --share trunk K heads; and the gate. Raises UserError."""
+    folders = config.init_adapter.split(",") if config.init_adapter else []
+    config.experts = config.experts or len(folders) or 2
+    for name in ("init_adapter", "references"):
+        count = len(getattr(config, name).split(","))
+        if getattr(config, name) and count != config.experts:
+            raise UserError(f"--{name} {getattr(config, name)}: {count} folders for {config.experts} experts")
+    for folder in config.references.split(",") if config.references else ():
+        read_config(find_folder(folder))
+    if "user" in config.gate or config.latent == "annotator":
+        if not groups:
+            raise UserError("--gate user and --latent annotator: these comparisons do not say who made them")
+    if folders:
+        load_adapter(model, *folders)
+    elif config.share == "trunk" and config.lora_rank == 0:
+        # Full copies: W + B_k A_k with a fixed rotation A_k of its own, so that any difference can be learnt, and that
+        # copies, which start alike, part (with A_k = I they would get the same gradients for ever)
         width = model.config.hidden_size
-        add_experts(model, ["lm_head"], width, width, config.experts)
-        model.lm_head.lora_A.data = torch.eye(width, device=model.lm_head.lora_A.device).repeat(config.experts, 1)
-        model.lm_head.lora_A.requires_grad_(False)
+        layer = add_experts(model, ["lm_head"], width, width, config.experts, seed=config.seed).lm_head
+        rotations = torch.linalg.qr(layer.lora_A.data.view(-1, width, width)).Q
+        layer.lora_A = nn.Parameter(rotations.reshape(-1, width), requires_grad=False)
     else:
-        targets = "lm_head" if config.share == "trunk" else config.lora_targets
-        add_lora(replace(config, lora_targets=targets), model, config.experts)
+        add_lora(replace(config, lora_targets="lm_head") if config.share == "trunk" else config, model, config.experts)
+    names = [name for name, _ in expert_layers(model)]
+    if "lm_head" in names and len(names) > 1:
+        raise UserError("--lora_targets: a mixture has its experts in lm_head or below it, not in both")
     generator = torch.Generator().manual_seed(config.seed)
     for _, layer in expert_layers(model):
-        noise = torch.empty(layer.lora_B.shape).normal_(0, config.expert_noise, generator=generator)
-        layer.lora_B.data += noise.to(layer.lora_B.device)
+        drawn = torch.empty(layer.lora_B.shape).normal_(0, config.expert_noise, generator=generator)
+        layer.lora_B.data += drawn.to(layer.lora_B.device)
     kind, weights = config.gate, ()
     if kind not in GATES:
         kind, weights = "fixed", [weight / sum(numbers_in(kind)) for weight in numbers_in(kind)]
         if len(weights) != config.experts:
             raise UserError(f"--gate {config.gate}: {len(weights)} weights for {config.experts} experts")
-    if kind == "user" and not any(groups):
-        raise UserError("--gate user: these comparisons do not say who made them")
     model.gate = Gate(kind, config.experts, model.config.hidden_size, groups if kind == "user" else (), weights)
     model.gate.to(config.device)
     return model
@@ -294,7 +308,8 @@ METHODS = {
     "cost": Method("cost", cost, response_scores, score_model, reference=False,
                    paper={"lr": 2e-5, "lora_rank": 0}, toy={"lr": 3e-4, "lora_rank": 0, "epochs": 1}),
     "spe-dpo": Method("safety", spe_dpo, margins=True, stages=margin_stages,
-                      paper={"lora_rank": 16, "weight_decay": 0.01}),
+                      paper={"lora_rank": 16, "weight_decay": 0.01},
+                      toy={"epochs": {"safety": 2, "helpful": 1}}),  # about as many steps for either expert
     "midpo": Method("dual", midpo, routed_logps, routed_pair, stages=midpo_stages,
                     paper={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
                     toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7}),
@@ -421,9 +436,13 @@ def resolve(config):
     config.out = config.out or f"out/{config.method}"
     config.view = config.view or method.view
     preset = {**PAPER, **method.paper} if config.model != "toy" else {**TOY, **method.paper, **method.toy}
+    if config.data != "toy":
+        preset["groups"] = ""  # the toy world's are not those of other data
     for name, value in preset.items():
         if getattr(config, name) in (None, ""):
             setattr(config, name, value)
+    if isinstance(config.epochs, dict):
+        config.epochs = config.epochs.get(config.view, 2)
     if isinstance(config.lr, dict):
         config.lr = config.lr["LoRA" if config.lora_rank else "all weights"]
     config.lora_alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
@@ -464,6 +483,12 @@ def check_lists(config):
     numbers("soft_constraint", config.soft_constraint, "numbers from 0 to 1", lambda value: 0 <= value <= 1)
     if config.gate not in GATES:
         numbers("gate", config.gate, f"{', '.join(GATES)} or positive numbers with commas", lambda value: 0 < value < math.inf)
+    if len(set(group_names(config))) < len(group_names(config)):
+        raise UserError(f"--groups {config.groups}: a name stands there twice")
+    if config.references and METHODS[config.method].forward is not expert_logps:
+        raise UserError("--references: only the experts of mix-dpo and moe-dpo have references of their own")
+    if config.experts is not None and config.experts < 1:
+        raise UserError(f"--experts {config.experts}: must be at least 1")
     if shares := group_shares(config):
         for share in shares:
             if not 0 < share < math.inf:
@@ -574,10 +599,7 @@ def references_of(model, encoded, config, out, name):
     """Reference log-probabilities: (N, R) of the base model, or with --references (N, R, K), one model after another."""
     if not config.references:
         return reference_logps(model, encoded, config, out, name)
-    folders = config.references.split(",")
-    if len(folders) != config.experts:
-        raise UserError(f"--references: {len(folders)} folders for {config.experts} experts")
-    each = (Transformer.from_pretrained(folder, device=config.device) for folder in folders)
+    each = (Transformer.from_pretrained(folder, device=config.device) for folder in config.references.split(","))
     return torch.stack([reference_logps(one, encoded, config, out, f"{name}-{k}") for k, one in enumerate(each)], -1)
 
 
@@ -677,8 +699,11 @@ def train(model, encoded, reference, config, out, held_out=None, held_out_refere
     optimizer = torch.optim.AdamW(
         [{"params": some, "weight_decay": config.weight_decay * matrix, "factor": config.router_lr if routes else 1.0}
          for (matrix, routes), some in kinds.items()], lr=config.lr, betas=(0.9, 0.95), fused=True)
-    order = epoch_order(len(encoded), config.epochs, config.seed, encoded.labels.get("group"), group_shares(config),
-                        config.latent == "annotator")
+    shares, group = group_shares(config), encoded.labels.get("group")
+    if shares and config.annotators:  # the shares are those of tastes, the groups are people
+        kinds = [population(name) for name in encoded.groups]
+        group = np.array([group_names(config).index(kind) for kind in kinds])[group]
+    order = epoch_order(len(encoded), config.epochs, config.seed, group, shares, config.latent == "annotator")
     lengths = encoded.lengths()
     per_step = config.batch_size * config.grad_accum
     steps = max(1, len(order) // per_step)
@@ -798,7 +823,7 @@ def save_model(model, out):
     experts = [layer for _, layer in expert_layers(model)]
     if isinstance(model, ScoreModel) or not experts:
         merge_experts(model).save_pretrained(out / "model")
-    elif experts[0].num_experts == 1 and model.router_spec == {"type": "constant"}:
+    elif experts[0].num_experts == 1 and model.router_spec == {"type": "constant"} and not hasattr(model, "gate"):
         save_adapter(model, out / "adapter")
     else:
         save_experts(model, out / "experts")
@@ -811,7 +836,8 @@ FREE_ON_RESUME = {"resume", "out", "device", "compile", "checkpointing", "save_e
 
 def run_settings(config, base):
     """What config.json says: the flags, the base model's folder, and a name for what is in the files that go in."""
-    names = [str(base), *sources(config), config.reward_model, config.cost_model, *config.init_adapter.split(",")]
+    names = [str(base), *sources(config), config.reward_model, config.cost_model, *config.init_adapter.split(","),
+             *config.references.split(",")]
     inputs = {name: files_key(name) for name in names if name and Path(name).exists()}
     if config.data == "toy":
         inputs["toy"] = content_key([Path(__file__).with_name("data.py")])
@@ -934,7 +960,7 @@ def load_data(config, tokenizer):
         for source, found in each.items():
             mine = load_comparisons(*found, config.seed, config.held_out, config.skip_bad_rows)
             for comparison in (*mine[0], *mine[1]) if len(each) > 1 else ():
-                comparison.group = Path(source).name  # of several sources, each is a group
+                comparison.group = source  # of several sources, each is a group
             comparisons, test, lines = comparisons + mine[0], test + mine[1], lines + mine[2]
     if config.flip_safety or config.flip_preference:  # held-out labels stay as they are
         lines.append(flip_labels(comparisons, config.flip_safety, config.flip_preference, config.seed))
@@ -956,8 +982,10 @@ def load_data(config, tokenizer):
         if names and name == "train" and (absent := set(names) - {pair.group for pair in some}):
             raise UserError(f"--groups: no comparison belongs to {', '.join(sorted(absent))}; there are "
                             f"{', '.join(sorted({pair.group for pair in some if pair.group})) or 'no groups'}")
-        parts[name] = encode_pairs(tokenizer, [pair for pair in some if not names or pair.group in names],
-                                   config.max_len, METHODS[config.method].responses,
+        some = [pair for pair in some if not names or pair.group in names]
+        if not some:
+            continue
+        parts[name] = encode_pairs(tokenizer, some, config.max_len, METHODS[config.method].responses,
                                    names or (parts["train"].groups if name != "train" else ()))
         if parts[name].cut:
             said = ", ".join(f"{count} {what}" for what, count in parts[name].cut.items())
@@ -966,6 +994,11 @@ def load_data(config, tokenizer):
     if path:
         save_encoded(path, parts, lines)
     return parts["train"], parts["held_out"]
+
+
+def population(group):
+    """A group's name without a number at its end."""
+    return re.sub(r" \d+$", "", group)
 
 
 @torch.no_grad()
@@ -994,12 +1027,12 @@ def expert_report(model, encoded, held_out, references, config):
     margins, log_gate = expert_margins(model, encoded, references[0], config)
     joint = F.logsigmoid(margins) + log_gate
     group = torch.from_numpy(encoded.labels["group"])
-    count = len(encoded.groups)
-    evidence = torch.zeros(count, config.experts).index_add(0, group, F.logsigmoid(margins))
-    pairs = group.bincount(minlength=count)[:, None].clamp(min=1)
-    prior = torch.zeros(count, config.experts).index_add(0, group, log_gate) / pairs
+    known, count = group >= 0, len(encoded.groups)
+    evidence = torch.zeros(count, config.experts).index_add(0, group[known], F.logsigmoid(margins[known]))
+    pairs = group[known].bincount(minlength=count)[:, None].clamp(min=1)
+    prior = torch.zeros(count, config.experts).index_add(0, group[known], log_gate[known]) / pairs
     responsible = (evidence + prior).argmax(-1)                                          # (groups,)
-    kinds = [re.sub(r" \d+$", "", name) for name in encoded.groups]
+    kinds = [population(name) for name in encoded.groups]
     populations = sorted(set(kinds))
     share = joint.softmax(-1).mean(0).tolist()
     report, said = {"responsibility": share}, []
@@ -1011,13 +1044,14 @@ def expert_report(model, encoded, held_out, references, config):
         said.append(f"the experts agree: they order {agree:.0%} of the pairs in the same way")
     table = torch.tensor([[sum(r == k and kind == name for r, kind in zip(responsible.tolist(), kinds))
                            for k in range(config.experts)] for name in populations])     # (populations, K)
-    if len(populations) <= config.experts <= 6:
+    if 0 < len(populations) <= config.experts <= 6:
         report["recovered"] = max(sum(int(table[p, k]) for p, k in enumerate(naming)) for naming in
                                   itertools.permutations(range(config.experts), len(populations))) / count
     if held_out is not None:
         right = (expert_margins(model, held_out, references[1], config)[0] > 0).float()  # (N, K)
-        of = np.array([*kinds, ""])[held_out.labels["group"]]
-        report["accuracy"] = {name: right[torch.from_numpy(of == name)].mean(0).tolist() for name in populations}
+        of = np.array([*kinds, "unknown"])[held_out.labels["group"]]
+        report["accuracy"] = {name: right[torch.from_numpy(of == name)].mean(0).tolist()
+                              for name in populations or ["unknown"]}
     return report, said
 
 

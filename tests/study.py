@@ -3,10 +3,11 @@
     python tests/study.py safedpo              about 25 minutes on two CPU cores; finished runs are kept
     python tests/study.py midpo --split dev    on the development split, where settings are chosen
 
-Studies: safedpo, midpo, pmol, moe. Each seed makes a base model, comparisons, an order of training and samples of its
+Studies: safedpo, midpo, pmol, moe, moe3. Each seed makes a base model, comparisons, an order of training and samples of its
 own. Runs go to out/study/.
 """
 import argparse
+import math
 import os
 import subprocess
 import sys
@@ -28,8 +29,18 @@ TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer
 COUNTS = (2, 3, 4, 6, 10)
 
 
+LATENT = "--method mix-dpo --latent annotator @LATENT@"
+REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
+
+
 def mixed(count):
     return f"--groups {','.join(TEN[:count])}"
+
+
+def uses(name, flags, *experts):
+    """Rows for the ways of using a mixture; an expert of a preference is the one that serves it best."""
+    return {f"{name}: {use}": (flags, f"eval.json uses {use.replace(' ', '_')}")
+            for use in ("mixture", "sparse", *(f"expert for {preference}" for preference in experts))}
 
 
 # study -> row of the table -> (flags of train.py, where in the run folder its figures are: file, then keys)
@@ -61,7 +72,21 @@ STUDIES = {
            for count in (3, 10)
            for name, flags in (("without soft loss", "--egs_weight 0"), ("without empty expert", "--no_empty_expert"))},
         **{f"3: PMoL, s_c = {s_c}": (f"--method pmol --soft_constraint {s_c} {mixed(3)}", "eval.json policy preferences")
-           for s_c in (0, 0.25, 0.75, 1)},
+           for s_c in (0, 1)},
+    },
+    "moe": {
+        "DPO": ("--method dpo --groups warmth,curtness --annotators 100 --beta 0.3 --lr 3e-4",
+                "eval.json policy preferences"),
+        **uses("gate on users", "--method moe-dpo", "warmth", "curtness"),
+        **uses("annotator latents", LATENT, "warmth", "curtness"),
+        "the poster's weights: mixture": ("--method moe-dpo --objective weights", "eval.json uses mixture"),
+        "no gate, comparison latents: mixture": ("--method mix-dpo", "eval.json uses mixture"),
+        "gate on users, one comparison each: mixture": ("--method moe-dpo --annotators 3000", "eval.json uses mixture"),
+    },
+    "moe3": {
+        "DPO": (f"--method dpo --beta 0.3 --lr 3e-4 {REWARDS}", "eval.json policy preferences"),
+        **uses("shared trunk", f"--method mix-dpo --share trunk {REWARDS}", "sentiment", "informativeness"),
+        **uses("adapters", f"--method mix-dpo {REWARDS}", "sentiment", "informativeness"),
     },
 }
 
@@ -92,7 +117,14 @@ def figures(out, where, split):
              "--split", split], os.cpu_count())
     found = read_json(out / file)
     for key in keys:
+        if key.startswith("expert_for_"):
+            preference = key.removeprefix("expert_for_")
+            key = max(filter(str.isdecimal, found), key=lambda k: found[k][preference])
         found = found[key]
+    if "uses" in keys:  # what is known of the experts beside their answers: types found, pairs ordered rightly
+        experts = read_json(out / "experts.json")
+        found["recovered"], found["recovered_se"] = experts.get("recovered", math.nan), 0
+        found["own"], found["own_se"] = min(map(max, experts["accuracy"].values())), 0
     return found
 
 
@@ -131,11 +163,17 @@ def main():
     lines = {}
     for name, (flags, where) in rows.items():
         file, who, *keys = where.split()
-        base = over_seeds([figures(runs[flags, seed], " ".join(["eval.json", "base", *keys]), args.split)
+        shown = ["preferences"] if who == "uses" else keys
+        base = over_seeds([figures(runs[flags, seed], " ".join(["eval.json", "base", *shown]), args.split)
                            for seed in seeds])
-        lines.setdefault(name.partition(": ")[0] + ": base" if ": " in name else "base", base)
+        lines.setdefault(name.partition(": ")[0] + ": base" if args.study == "pmol" else "base", base)
         lines[name] = over_seeds([figures(runs[flags, seed], where, args.split) for seed in seeds])
     columns = TOY_FIGURES if "harmless_ratio" in base else {"mixing": "mixing score"}
+    if args.study.startswith("moe"):
+        columns = {key: key for key in base if not key.endswith("_se")}
+        columns.update({"recovered": "types recovered", "own": "own pairs right"})
+        for line in lines.values():
+            line.update({key: line.get(key, math.nan) for name in columns for key in (name, f"{name}_se")})
     print(table(lines, columns))
     if args.study == "midpo":
         print("\nRouter: expert 0 is safety, 1 helpfulness\n")
