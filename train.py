@@ -277,7 +277,7 @@ def midpo_stages(config):
 
 
 GATES = ("constant", "prompt", "user")
-TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 5e-4, "router_lr": 100.0}
+TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 3e-4, "router_lr": 100.0}
 
 
 @dataclass(frozen=True)
@@ -314,7 +314,7 @@ METHODS = {
                     paper={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
                     toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7}),
     "pmol": Method("helpful", pmol, routed_logps, routed_experts, paper={"lora_rank": 16},
-                   toy={"groups": "helpfulness,harmlessness,empathy"}),
+                   toy={"groups": "helpfulness,harmlessness,empathy", "lr": 3e-4}),
     "mix-dpo": Method("helpful", moe_dpo, expert_logps, whole_experts, prepare=add_pooled,
                       paper={"lora_rank": 16, "gate": "constant"}, toy=TWO_TASTES),
     "moe-dpo": Method("helpful", moe_dpo, expert_logps, whole_experts, prepare=add_pooled,

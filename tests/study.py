@@ -66,8 +66,9 @@ STUDIES = {
     "pmol": {
         **{f"{count}: {name}": (f"{flags} {mixed(count)}", "eval.json policy preferences") for count in COUNTS
            for name, flags in (("PMoL", f"--method pmol --experts {count}"),
-                               ("single LoRA", f"--method dpo --lora_rank {16 * count}"),
-                               ("all weights", "--method dpo --lora_rank 0"))},
+                               ("single LoRA", f"--method dpo --lora_rank {round(16 * count + 0.75 * (count + 1))} --lr 3e-4"))},
+        **{f"{count}: all weights": (f"--method dpo --lora_rank 0 --lr 3e-5 {mixed(count)}",
+                                     "eval.json policy preferences") for count in (3, 10)},
         **{f"{count}: PMoL {name}": (f"--method pmol {flags} {mixed(count)}", "eval.json policy preferences")
            for count in (3, 10)
            for name, flags in (("without soft loss", "--egs_weight 0"), ("without empty expert", "--no_empty_expert"))},
