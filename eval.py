@@ -73,7 +73,8 @@ def choose_experts(model, tokenizer, prompts, use="mixture", population="", seed
     starts with it, in turn; without one, about somebody unknown."""
     if use.isdecimal():
         return torch.full((len(prompts),), int(use))
-    users = [i for i, name in enumerate(model.gate.spec["groups"]) if population and name.startswith(population)] or [-1]
+    users = [i for i, name in enumerate(model.gate.spec["groups"]) if population and name.startswith(population)]
+    users = users or [-1]
     pooled = None
     if model.gate.kind == "prompt":
         pooled = torch.from_numpy(pooled_states(model, encode(tokenizer, prompts, [("",)] * len(prompts), 1 << 20)))
@@ -217,7 +218,7 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="e
         count = max(layer.num_experts for _, layer in expert_layers(policy))
         report["uses"] = {use: evaluate_preferences(policy, tokenizer, preferences, split, seed, temperature, use)
                           for use in ("mixture", "sparse", *map(str, range(count)))}
-    elif not hasattr(policy, "gate") and any(layer.weights is not None and layer.weights.dim() > 1 for _, layer in expert_layers(policy)):
+    elif getattr(policy, "router_spec", {"type": "constant"})["type"] != "constant":
         prompts = toy_eval_prompts(split, seed)
         kinds = {"harmful": [p for p in prompts if p.task.harmful], "safe": [p for p in prompts if not p.task.harmful]}
         report["router"] = router_report(policy, tokenizer, preference_sample(preferences, split, seed) or kinds)
@@ -407,7 +408,7 @@ def main(argv=None):
     parser.add_argument("--out", help="where --score writes the rows with their scores")
     parser.add_argument("--reward_model", help="score model of helpfulness: a folder or hub id")
     parser.add_argument("--cost_model", help="score model of harm, more than 0 being unsafe: a folder or hub id")
-    parser.add_argument("--template", choices=("chat", *TEMPLATES), help="prompt format of the score models, or of --model")
+    parser.add_argument("--template", choices=("chat", *TEMPLATES), help="prompt format of --model or the score models")
     parser.add_argument("--score_template", choices=("chat", *TEMPLATES), help="that of --make_pairs' score models")
     parser.add_argument("--max_len", type=int, default=2048, help="tokens of prompt and response for score models")
     parser.add_argument("--batch_size", type=int, default=16, help="responses that are scored at a time")

@@ -70,7 +70,7 @@ class SigmoidRouter(nn.Module):
     def forward(self, x):
         if self.activation is None:
             with torch.autocast(x.device.type, enabled=False):  # a product of weights, not of tokens: float32 is free
-                vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))  # (K, D_in), (K,)
+                vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))
             return F.linear(x, vectors.to(x.dtype), biases.to(x.dtype)).float().sigmoid()           # (..., K)
         scores = []
         for first, second, last in self.networks:

@@ -153,7 +153,7 @@ def expert_group_soft_loss(router_weights, group, target):
 
 
 def reward_loss(chosen, rejected):
-    """Bradley–Terry: −log σ(s(chosen) − s(rejected)) (arXiv 2203.02155, Eq. 1). Scores (N,). Returns (loss, figures)."""
+    """Bradley–Terry: −log σ(s(chosen) − s(rejected)) (arXiv 2203.02155, Eq. 1). Scores (N,); (loss, figures)."""
     margin = chosen - rejected
     return -F.logsigmoid(margin).mean(), {"accuracy": (margin > 0).float().mean(), "margin": margin.detach().mean()}
 

@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import losses
-from data import (COST_VIEWS, PREFERENCES, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key, encode,
-                  encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack, read_rows,
-                  save_encoded, source_files, toy_comparisons, toy_demonstrations, toy_preferences)
+from data import (COST_VIEWS, PREFERENCES, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key,
+                  encode, encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack,
+                  read_rows, save_encoded, source_files, toy_comparisons, toy_demonstrations, toy_preferences)
 from eval import WEIGHT_FOLDERS, Parser, evaluate_run, load_judge, pooled_states, score, table
-from lora_moe import (Gate, OneExpert, add_experts, expert_layers, is_mixture, is_router, load_adapter, merge_experts, router_weights, save_adapter,
-                      save_experts, set_routers, trainable_parameters, use_expert)
+from lora_moe import (Gate, OneExpert, add_experts, expert_layers, is_mixture, is_router, load_adapter, merge_experts,
+                      router_weights, save_adapter, save_experts, set_routers, trainable_parameters, use_expert)
 from lora_moe import reference as without_experts
 from losses import sequence_logps
 from model import (ACTIVATIONS, DTYPES, ModelConfig, ScoreModel, Transformer, UserError, files_key, find_folder,
@@ -146,7 +146,8 @@ def policy(config, model, groups):
 
 def add_lora(config, model, num_experts=1, router=None):
     targets = config.lora_targets if config.lora_targets == "all-linear" else config.lora_targets.split(",")
-    return add_experts(model, targets, config.lora_rank, config.lora_alpha, num_experts, seed=config.seed, router=router)
+    return add_experts(model, targets, config.lora_rank, config.lora_alpha, num_experts, seed=config.seed,
+                       router=router)
 
 
 def score_model(config, model, groups):
@@ -178,7 +179,7 @@ def routed_experts(config, model, groups):
     if config.experts % len(groups):
         raise UserError(f"--experts {config.experts}: must be a multiple of the number of preferences, {len(groups)}")
     if len(numbers_in(config.soft_constraint)) not in (1, len(groups)):
-        raise UserError(f"--soft_constraint {config.soft_constraint}: one number, or one for each of {len(groups)} groups")
+        raise UserError(f"--soft_constraint {config.soft_constraint}: one, or one for each of {len(groups)} groups")
     return add_lora(config, model, config.experts, {"type": "softmax", "empty": not config.no_empty_expert,
                                                     "temperature": config.router_temperature})
 
@@ -355,7 +356,8 @@ class Config:
     flip_preference: float = flag(0.0, "share of preferences that are made wrong")
     skip_bad_rows: bool = flag(False, "leave out and count the rows that cannot be used, instead of stopping")
     # the loss
-    beta: float = flag(None, "KL strength: reward = beta · log-ratio to the reference (default: 0.1; 0.3 for mixtures on toy)")
+    beta: float = flag(None, "KL strength: reward = beta · log-ratio to the reference (default: 0.1; 0.3 for mixtures "
+                       "on toy)")
     delta: float = flag(10.0, "SafeDPO's offset on safe/unsafe pairs, in units of reward")
     label_smoothing: float = flag(0.0, "share of labels taken to be wrong (conservative DPO)")
     reward_model: str = flag("", "score model of helpfulness, for SPE-DPO's margins: a folder or hub id")
@@ -364,7 +366,7 @@ class Config:
     router_l1: float = flag(0.001, "weight of MidPO's L1 term |safety| + |helpfulness - 1|; 0 switches it off")
     egs_weight: float = flag(0.1, "weight of PMoL's expert group soft loss; 0 switches it off")
     objective: str = flag("elbo", "of a mixture: elbo, or the poster's weights Σ w L", ("elbo", "weights"))
-    latent: str = flag("comparison", "what has a latent expert: each comparison, or each annotator (the group) with all "
+    latent: str = flag("comparison", "what has a latent expert: each comparison, or each annotator (a group) with all "
                        "of their comparisons", ("comparison", "annotator"))
     q_temperature: float = flag(1.0, "tempers the E-step: more than 1 makes responsibilities softer")
     references: str = flag("", "a mixture's references, one folder for each expert, with commas (default: the model)")
@@ -446,13 +448,14 @@ def resolve(config):
     if isinstance(config.lr, dict):
         config.lr = config.lr["LoRA" if config.lora_rank else "all weights"]
     config.lora_alpha = 2.0 * config.lora_rank if config.lora_alpha is None else config.lora_alpha
-    for name, smallest in (("delta", 0), ("label_smoothing", 0), ("lora_rank", 0), ("max_steps", 0), ("warmup", 0),
-                           ("weight_decay", 0), ("grad_clip", 0), ("save_every", 0), ("eval_every", 0),
-                           ("temperature", 0), ("seed", 0), ("router_l1", 0), ("egs_weight", 0), ("annotators", 0), ("expert_noise", 0), ("held_out", 0), ("flip_safety", 0), ("flip_preference", 0),
-                           ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("log_every", 1), ("max_len", 8),
-                           ("router_hidden", 1)):
-        if getattr(config, name) < smallest:
-            raise UserError(f"--{name} {getattr(config, name)}: must be at least {smallest}")
+    smallest = dict.fromkeys(
+        ("delta", "label_smoothing", "lora_rank", "max_steps", "warmup", "weight_decay", "grad_clip", "save_every",
+         "eval_every", "temperature", "seed", "router_l1", "egs_weight", "annotators", "expert_noise", "held_out",
+         "flip_safety", "flip_preference"), 0)
+    smallest |= dict.fromkeys(("epochs", "batch_size", "grad_accum", "log_every", "router_hidden"), 1) | {"max_len": 8}
+    for name, least in smallest.items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name} {getattr(config, name)}: must be at least {least}")
     for name in ("beta", "lr", "lora_alpha", "router_temperature", "router_lr", "harmful_share", "q_temperature"):
         if getattr(config, name) <= 0 and (name != "lora_alpha" or config.lora_rank):
             raise UserError(f"--{name} {getattr(config, name)}: must be more than 0")
@@ -482,7 +485,8 @@ def check_lists(config):
 
     numbers("soft_constraint", config.soft_constraint, "numbers from 0 to 1", lambda value: 0 <= value <= 1)
     if config.gate not in GATES:
-        numbers("gate", config.gate, f"{', '.join(GATES)} or positive numbers with commas", lambda value: 0 < value < math.inf)
+        numbers("gate", config.gate, f"{', '.join(GATES)} or positive numbers with commas",
+                lambda value: 0 < value < math.inf)
     if len(set(group_names(config))) < len(group_names(config)):
         raise UserError(f"--groups {config.groups}: a name stands there twice")
     if config.references and METHODS[config.method].forward is not expert_logps:
@@ -596,7 +600,7 @@ def reference_logps(model, encoded, config, out, name="reference"):
 
 
 def references_of(model, encoded, config, out, name):
-    """Reference log-probabilities: (N, R) of the base model, or with --references (N, R, K), one model after another."""
+    """Reference log-probabilities: (N, R) of the base model, or with --references (N, R, K), one model at a time."""
     if not config.references:
         return reference_logps(model, encoded, config, out, name)
     each = (Transformer.from_pretrained(folder, device=config.device) for folder in config.references.split(","))
@@ -847,7 +851,8 @@ def run_settings(config, base):
 def is_complete(config):
     """Whether the run folder holds the finished run of these very settings, on the same files."""
     out = Path(config.out)
-    if not (out / "config.json").is_file() or not any(any(out.glob(f"{name}/*.safetensors")) for name in WEIGHT_FOLDERS):
+    written = any(any(out.glob(f"{name}/*.safetensors")) for name in WEIGHT_FOLDERS)
+    if not written or not (out / "config.json").is_file():
         return False
     before, settings = read_json(out / "config.json"), run_settings(config, base_folder(config))
     return all(before.get(name) == value for name, value in settings.items() if name not in FREE_ON_RESUME)
@@ -1090,7 +1095,8 @@ def run(config):
         print(f"\n{shown}\n\n" + table({"base": report["base"], config.method: report["policy"]}))
         if preferences:
             uses = report.get("uses", {config.method: report["policy"].get("preferences")})
-            print("\n" + table({"base": report["base"]["preferences"], **uses}, {n: n for n in (*preferences, "mixing")}))
+            columns = {name: name for name in (*preferences, "mixing")}
+            print("\n" + table({"base": report["base"]["preferences"], **uses}, columns))
     done = time.perf_counter()
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
           f"the run is in {out}/")

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,8 @@ def bench_experts(rounds, rank=8, pairs=8, prompt=64, response=64):
             logps = losses.sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
             weights = router_weights(model, batch.pair.flatten() >= 0)
             loss = losses.dpo_loss(*logps.T, *torch.zeros(2, pairs), 0.1)[0]
-            loss = loss + losses.expert_group_soft_loss(weights, torch.zeros(weights.shape[1], dtype=torch.long), target)
+            group = torch.zeros(weights.shape[1], dtype=torch.long)
+            loss = loss + losses.expert_group_soft_loss(weights, group, target)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -105,7 +107,7 @@ def bench_mixture(rounds, batch=16, prompt_length=32, new_tokens=64):
     prompts = torch.randint(3, 16000, (batch, prompt_length)).tolist()
     models = {"base": policy(0, None), "one expert": policy(1, {"type": "constant"}),
               "two experts, routed": policy(2, {"type": "sigmoid"})}
-    compare(rounds, {name: (lambda model=model: generate(model, prompts, new_tokens)) for name, model in models.items()})
+    compare(rounds, {name: partial(generate, model, prompts, new_tokens) for name, model in models.items()})
 
 
 if __name__ == "__main__":

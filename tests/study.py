@@ -3,8 +3,8 @@
     python tests/study.py safedpo              about 25 minutes on two CPU cores; finished runs are kept
     python tests/study.py midpo --split dev    on the development split, where settings are chosen
 
-Studies: safedpo, midpo, pmol, moe, moe3. Each seed makes a base model, comparisons, an order of training and samples of its
-own. Runs go to out/study/.
+Studies: safedpo, midpo, pmol, moe, moe3. Each seed makes a base model, comparisons, an order of training and samples
+of its own. Runs go to out/study/.
 """
 import argparse
 import math
@@ -37,6 +37,11 @@ def mixed(count):
     return f"--groups {','.join(TEN[:count])}"
 
 
+def same_size(count):
+    """The rank of one LoRA that has as many trainable parameters as PMoL with so many experts of rank 16."""
+    return round(16 * count + (count + 1) * 384 / (384 + 128))  # a router has (K + 1) · 384
+
+
 def uses(name, flags, *experts):
     """Rows for the ways of using a mixture; an expert of a preference is the one that serves it best."""
     return {f"{name}: {use}": (flags, f"eval.json uses {use.replace(' ', '_')}")
@@ -66,14 +71,14 @@ STUDIES = {
     "pmol": {
         **{f"{count}: {name}": (f"{flags} {mixed(count)}", "eval.json policy preferences") for count in COUNTS
            for name, flags in (("PMoL", f"--method pmol --experts {count}"),
-                               ("single LoRA", f"--method dpo --lora_rank {round(16 * count + 0.75 * (count + 1))} --lr 3e-4"))},
+                               ("single LoRA", f"--method dpo --lora_rank {same_size(count)} --lr 3e-4"))},
         **{f"{count}: all weights": (f"--method dpo --lora_rank 0 --lr 3e-5 {mixed(count)}",
                                      "eval.json policy preferences") for count in (3, 10)},
         **{f"{count}: PMoL {name}": (f"--method pmol {flags} {mixed(count)}", "eval.json policy preferences")
            for count in (3, 10)
            for name, flags in (("without soft loss", "--egs_weight 0"), ("without empty expert", "--no_empty_expert"))},
-        **{f"3: PMoL, s_c = {s_c}": (f"--method pmol --soft_constraint {s_c} {mixed(3)}", "eval.json policy preferences")
-           for s_c in (0, 1)},
+        **{f"3: PMoL, s_c = {s_c}": (f"--method pmol --soft_constraint {s_c} {mixed(3)}",
+                                     "eval.json policy preferences") for s_c in (0, 1)},
     },
     "moe": {
         "DPO": ("--method dpo --groups warmth,curtness --annotators 100 --beta 0.3 --lr 3e-4",
