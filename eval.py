@@ -384,6 +384,16 @@ def make_pairs(path, policy, scorers, out, template=None, samples=4, max_new_tok
           + ", ".join(f"{count} {name}" for name, count in counts.items()) + f", in {out}")
 
 
+def as_command(main, name, interrupted):
+    """Run a program's main; a mistake of the user, or Ctrl-C, ends it with one line and exit status 1."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: {interrupted}")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line instead of argparse's page of usage, with the nearest flag where one was mistyped."""
@@ -449,9 +459,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"eval.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("eval.py: interrupted")
+    as_command(main, "eval.py", "interrupted")
