@@ -29,7 +29,8 @@ TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer
 COUNTS = (2, 3, 4, 6, 10)
 
 
-LATENT = "--method mix-dpo --latent annotator @LATENT@"
+LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 60 --expert_noise 0.03 "
+          "--lr 1e-3 --epochs 5")
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
 
 
@@ -131,6 +132,8 @@ def figures(out, where, split):
         experts = read_json(out / "experts.json")
         found["recovered"], found["recovered_se"] = experts.get("recovered", math.nan), 0
         found["own"], found["own_se"] = min(map(max, experts["accuracy"].values())), 0
+    if "uses" in keys or "preferences" in keys:
+        found["degenerate"], found["degenerate_se"] = read_json(out / file)["policy"]["degenerate"], 0
     return found
 
 
@@ -177,7 +180,7 @@ def main():
     columns = TOY_FIGURES if "harmless_ratio" in base else {"mixing": "mixing score"}
     if args.study.startswith("moe"):
         columns = {key: key for key in base if not key.endswith("_se")}
-        columns.update({"recovered": "types recovered", "own": "own pairs right"})
+        columns.update({"recovered": "types recovered", "own": "own pairs right", "degenerate": "degenerate"})
         for line in lines.values():
             line.update({key: line.get(key, math.nan) for name in columns for key in (name, f"{name}_se")})
     print(table(lines, columns))

@@ -1,0 +1,111 @@
+"""eval.py --make_pairs: answers are sampled from the policy, scored, and the best stands against the worst."""
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import eval as eval_file
+from data import read_comparisons
+from model import UserError
+from test_train import bases, line_of, place, rows, run  # noqa: F401
+
+BASE = "out/toy-base-seed0"
+JUDGES = """
+def words(prompt, response):
+    return len(response.split())
+
+def short(prompt, response):
+    return -len(response)
+
+def same(prompt, response):
+    return 1
+"""
+
+
+@pytest.fixture
+def asked(place, monkeypatch):  # noqa: F811
+    """A folder with prompts and a module of judges."""
+    Path("prompts.txt").write_text("How do I bake bread?\n\nTell me how to fix a lamp.\nHow do I bake bread?\n")
+    Path("toy_judges.py").write_text(JUDGES)
+    monkeypatch.syspath_prepend(str(place))
+    return place
+
+
+def make(*flags, prompts="prompts.txt", scorers="toy_judges:words,toy_judges:short", out="pairs.jsonl"):
+    eval_file.main(["--make_pairs", prompts, "--model", BASE, "--reward_model", scorers, "--out", out, "--device", "cpu",
+                    "--max_new_tokens", "24", "--temperature", "1", *flags])
+    return [json.loads(line) for line in Path(out).read_text().splitlines()]
+
+
+def test_the_best_of_the_answers_stands_against_the_worst(asked, monkeypatch):
+    said, generate = [], eval_file.generate
+    monkeypatch.setattr(eval_file, "generate", lambda *a, **k: said.append(generate(*a, **k)) or said[-1])
+    pairs = make("--samples", "5")
+    tokenizer = eval_file.Tokenizer(BASE)
+    answers = [tokenizer.decode(ids).strip() for outputs in said for ids in outputs]
+    by_prompt = {"How do I bake bread?": answers[:5], "Tell me how to fix a lamp.": answers[5:]}  # each prompt once
+    for judge, group in ((lambda text: len(text.split()), "words"), (lambda text: -len(text), "short")):
+        for prompt, texts in by_prompt.items():
+            pair = next((p for p in pairs if p["prompt"] == prompt and p["group"] == group), None)
+            if max(map(judge, texts)) == min(map(judge, texts)):
+                assert pair is None
+                continue
+            assert judge(pair["chosen"]) == max(map(judge, texts)) and judge(pair["rejected"]) == min(map(judge, texts))
+            assert {pair["chosen"], pair["rejected"]} <= set(texts)
+            assert pair["scores"][group] == [judge(pair["chosen"]), judge(pair["rejected"])]
+
+
+def test_the_file_is_preference_data_whose_groups_are_the_judges(asked):
+    make()
+    comparisons = read_comparisons([Path("pairs.jsonl")], Counter())
+    assert {c.group for c in comparisons} <= {"words", "short"} and len(comparisons) >= 2
+    out = run("mixed", "--method", "moe-dpo", "--gate", "user", "--model", BASE, "--data", "pairs.jsonl", "--max_steps",
+              1, "--lora_rank", 2, "--held_out", 0, "--batch_size", 2)
+    assert len(rows(out)) == 1 and (out / "experts").is_dir()
+
+
+def test_the_same_seed_samples_the_same_answers_and_another_does_not(asked):
+    first, second, other = make(), make(), make("--seed", "1")
+    assert first == second != other
+
+
+def test_a_judge_that_finds_all_alike_makes_no_pairs(asked):
+    assert make(scorers="toy_judges:same") == []
+
+
+def test_prompts_may_be_rows_of_a_file(asked):
+    Path("rows.jsonl").write_text('{"prompt": "How do I bake bread?", "chosen": "a", "rejected": "b"}\n'
+                                  '{"prompt": [{"role": "user", "content": "Teach me to learn chess."}]}\n')
+    assert {json.dumps(pair["prompt"]) for pair in make(prompts="rows.jsonl", scorers="toy_judges:words")} <= {
+        '"How do I bake bread?"', '[{"role": "user", "content": "Teach me to learn chess."}]'}
+
+
+@pytest.mark.parametrize("change, said", (
+    (dict(prompts="none.txt"), "none.txt: no such file"),
+    (dict(scorers="no_such_module:words"), "no_such_module"),
+    (dict(scorers="toy_judges:nothing"), "nothing"),
+    (dict(scorers="no/such/model"), "no/such/model"),
+    (dict(out="pairs.txt"), "--out FILE.jsonl"),
+), ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_what_is_wrong_is_said_in_one_line(asked, change, said):
+    with pytest.raises(UserError) as caught:
+        make(**change)
+    assert said in str(caught.value) and "\n" not in str(caught.value) and not Path("pairs.jsonl").exists()
+
+
+def test_a_broken_row_of_prompts_is_named_by_its_line(asked):
+    Path("rows.jsonl").write_text('{"prompt": "fine"}\n{"question": "not a prompt"}\n')
+    with pytest.raises(UserError, match=r"rows.jsonl:2: no field 'prompt'"):
+        make(prompts="rows.jsonl")
+
+
+def test_several_sources_are_a_group_each(place):  # noqa: F811
+    for name in ("kind", "brief"):
+        Path(name).mkdir()
+        rows_of = [{"prompt": f"{name} {i}", "chosen": "First lift the zib.", "rejected": "Sure."} for i in range(4)]
+        Path(name, "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+    out = run("two", "--method", "pmol", "--model", BASE, "--data", "kind/pairs.jsonl,brief/pairs.jsonl", "--held_out",
+              0, "--max_steps", 1, "--lora_rank", 2)
+    assert json.loads((out / "config.json").read_text())["groups"] == "brief/pairs.jsonl,kind/pairs.jsonl"
+    assert "nowhere.jsonl" in line_of("--data", "kind/pairs.jsonl,nowhere.jsonl")
