@@ -439,7 +439,7 @@ def resolve(config):
     config.view = config.view or method.view
     preset = {**PAPER, **method.paper} if config.model != "toy" else {**TOY, **method.paper, **method.toy}
     if config.data != "toy":
-        preset["groups"] = ""  # the toy world's are not those of other data
+        preset |= {"groups": "", "annotators": 0}  # the toy world's are not those of other data
     for name, value in preset.items():
         if getattr(config, name) in (None, ""):
             setattr(config, name, value)
@@ -878,8 +878,8 @@ def open_run(config, base):
     if not config.resume:
         for folder in (*WEIGHT_FOLDERS, "checkpoint"):
             shutil.rmtree(out / folder, ignore_errors=True)
-        for file in ("eval.json", "samples.txt", "metrics.jsonl", "experts.json"):
-            (out / file).unlink(missing_ok=True)
+        for file in (*out.glob("eval*.json"), *out.glob("samples*.txt"), out / "metrics.jsonl", out / "experts.json"):
+            file.unlink(missing_ok=True)
     return out
 
 
@@ -928,6 +928,30 @@ def group_shares(config):
 HELD_OUT_PAIRS = 1000  # at most so many are measured: the standard error of an accuracy is then 1.6 % or less
 
 
+def toy_data(config):
+    """(comparisons to train on, held-out comparisons, no lines) of the toy world; no prompt is in both."""
+    names = group_names(config)
+    make = partial(toy_preferences, names=names, annotators=config.annotators) if names else \
+        partial(toy_comparisons, harmful_share=config.harmful_share)
+    comparisons = make(TOY_COMPARISONS, config.seed)
+    seen = {comparison.prompt for comparison in comparisons}
+    test = [c for c in make(TOY_COMPARISONS // 4, config.seed + 1_000_000) if c.prompt not in seen]
+    return comparisons, test, []
+
+
+def source_data(config, files):
+    """The same of files, {source: (training files, test files)}, with lines that say what was counted. Of several
+    sources, each is a group."""
+    every = [], [], []
+    for source, found in files.items():
+        for whole, part in zip(every, load_comparisons(*found, config.seed, config.held_out, config.skip_bad_rows)):
+            if len(files) > 1 and whole is not every[2]:
+                for comparison in part:
+                    comparison.group = source
+            whole += part
+    return every
+
+
 def load_data(config, tokenizer):
     """(pairs to train on, held-out pairs or None), tokenised. Prints what was kept, dropped and cut.
 
@@ -951,26 +975,11 @@ def load_data(config, tokenizer):
             parts, lines = load_encoded(path, ("train", "held_out"))
             print(*lines, f"tokens: from {path}", sep="\n", flush=True)
             return parts
-    lines, parts = [], {"held_out": None}
-    names = group_names(config)
-    if config.data == "toy":
-        make = partial(toy_preferences, names=names, annotators=config.annotators) if names else \
-            partial(toy_comparisons, harmful_share=config.harmful_share)
-        names = [] if config.annotators else names  # the groups are then the annotators
-        comparisons = make(TOY_COMPARISONS, config.seed)
-        seen = {comparison.prompt for comparison in comparisons}
-        test = [c for c in make(TOY_COMPARISONS // 4, config.seed + 1_000_000) if c.prompt not in seen]
-    else:
-        comparisons, test = [], []
-        for source, found in each.items():
-            mine = load_comparisons(*found, config.seed, config.held_out, config.skip_bad_rows)
-            for comparison in (*mine[0], *mine[1]) if len(each) > 1 else ():
-                comparison.group = source  # of several sources, each is a group
-            comparisons, test, lines = comparisons + mine[0], test + mine[1], lines + mine[2]
+    comparisons, test, lines = toy_data(config) if config.data == "toy" else source_data(config, each)
     if config.flip_safety or config.flip_preference:  # held-out labels stay as they are
         lines.append(flip_labels(comparisons, config.flip_safety, config.flip_preference, config.seed))
     np.random.default_rng(config.seed).shuffle(test)
-    pairs = {}
+    pairs, parts = {}, {"held_out": None}
     for name, some in (("train", comparisons), ("held_out", test)):
         try:
             pairs[name], line = apply_view(config.view, some)
@@ -983,6 +992,7 @@ def load_data(config, tokenizer):
         lines += [line] * (name == "train")
     if METHODS[config.method].margins:
         lines.append(add_margins(config, pairs))
+    names = [] if config.annotators else group_names(config)  # with annotators on toy, they are the groups
     for name, some in pairs.items():
         if names and name == "train" and (absent := set(names) - {pair.group for pair in some}):
             raise UserError(f"--groups: no comparison belongs to {', '.join(sorted(absent))}; there are "
