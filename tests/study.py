@@ -23,7 +23,7 @@ from model import read_json  # noqa: E402
 
 TOY_FIGURES = {key: heading for key, (heading, _, _) in FIGURES.items()}
 MIDPO = "--method midpo"
-EXPERTS = "--lora_rank 16 --harmful_share 0.7"
+EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
 COUNTS = (2, 3, 4, 6, 10)
@@ -63,7 +63,7 @@ STUDIES = {
     },
     "midpo": {
         "DPO, safety pairs": (f"--method dpo --view safety {EXPERTS}", "eval.json policy"),
-        "DPO, helpfulness pairs": (f"--method dpo --view helpful {EXPERTS}", "eval.json policy"),
+        "DPO, helpfulness pairs": (f"--method dpo --view helpful {EXPERTS} --epochs 1", "eval.json policy"),
         "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
         "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
         "both experts at 0.5": (MIDPO, "eval-static-0.5,0.5.json policy"),
