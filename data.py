@@ -610,8 +610,8 @@ class Encoded:
     tokens: np.ndarray
     bounds: np.ndarray
     labels: dict = field(default_factory=dict)
-    groups: tuple = ()                             # what labels["group"] numbers
     cut: Counter = field(default_factory=Counter)  # what max_len took away
+    groups: tuple = ()                             # what labels["group"] numbers
 
     def __len__(self):
         return len(self.bounds)
@@ -703,7 +703,7 @@ def load_encoded(path, names):
     for name in names:
         labels = {key.rpartition(".")[2]: arrays[key] for key in arrays if key.startswith(f"{name}.labels.")}
         found = f"{name}.tokens" in arrays
-        parts.append(Encoded(arrays[f"{name}.tokens"], arrays[f"{name}.bounds"], labels, tuple(groups[name]))
+        parts.append(Encoded(arrays[f"{name}.tokens"], arrays[f"{name}.bounds"], labels, groups=tuple(groups[name]))
                      if found else None)
     return parts, lines
 

@@ -278,7 +278,7 @@ def midpo_stages(config):
 
 
 GATES = ("constant", "prompt", "user")
-TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 3e-4, "router_lr": 100.0}
+TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 4e-4, "router_lr": 100.0}
 
 
 @dataclass(frozen=True)

@@ -555,7 +555,7 @@ def test_no_run_folder_is_made_for_a_mistake(place, monkeypatch):
     for flags in (("--delta", "-1"), ("--model", "empty"), ("--model", "no/such/folder"), ("--model", "./nowhere")):
         line_of(*flags, "--out", "out/wrong")
         assert not Path("out/wrong").exists()
-    monkeypatch.setattr(train, "toy_comparisons", lambda *_: [])
+    monkeypatch.setattr(train, "toy_comparisons", lambda *_, **__: [])
     assert "no pairs are left" in line_of("--out", "out/wrong")
     assert not Path("out/wrong").exists()
 
@@ -580,7 +580,7 @@ def test_a_folder_that_is_no_model_is_named(place):
 def test_views_that_drop_everything_say_so(place, monkeypatch):
     unsafe = [c for c in toy_comparisons(300, 0) if all(c.unsafe)]
     assert unsafe
-    monkeypatch.setattr(train, "toy_comparisons", lambda *_: unsafe)
+    monkeypatch.setattr(train, "toy_comparisons", lambda *_, **__: unsafe)
     message = line_of()
     assert "no pairs are left" in message and f"{len(unsafe)} dropped (both unsafe)" in message
 
