@@ -2,7 +2,9 @@
 
     python eval.py out/safedpo out/dpo          evaluate finished runs side by side
     python eval.py out/safedpo --split dev      on the development split, where settings are chosen
+    python eval.py out/midpo --static 0.5,0.5   with its experts merged at fixed weights
     python eval.py --score pairs.jsonl --reward_model DIR --cost_model DIR --out scored.jsonl
+    python eval.py --make_pairs prompts.txt --model gpt2 --reward_model DIR,module:function --out pairs.jsonl
 
 Every figure is a mean over prompts with its standard error. The judge of the toy world is its oracle, `data.judge`.
 """

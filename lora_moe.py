@@ -183,11 +183,9 @@ def router_weights(model, kept):
 def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0, router=None):
     """Freeze the model and wrap every linear layer that `targets` selects. Returns the model.
 
-    router: a specification for `make_router`; default: constant weights of 1.
-
     targets: a list of layer names ("down_proj", "mlp.up_proj"), "all-linear" (every one but the head), or a
-    regular expression that matches whole module names, as PEFT reads it. Raises UserError when a target
-    selects nothing.
+    regular expression that matches whole module names, as PEFT reads it. router: a specification for
+    `make_router`; default: constant weights of 1. Raises UserError when a target selects nothing.
     """
     assert not any(True for _ in expert_layers(model)), "the model has experts already; merge_experts(model) first"
     chosen = select_modules(targets, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
