@@ -148,6 +148,22 @@ def table(rows, columns=None):
     return "\n".join(lines)
 
 
+def report_tables(report, name):
+    """What eval.json says beyond FIGURES, as Markdown tables: the toy preferences that a run mixed, by the ways of
+    using a mixture, and the routers' median weights at the last prompt token."""
+    shown = []
+    if "preferences" in report["policy"]:
+        uses = report.get("uses", {name: report["policy"]["preferences"]})
+        columns = {key: key for key in report["policy"]["preferences"] if not key.endswith("_se")}
+        shown.append(table({"base": report["base"]["preferences"], **uses}, columns))
+    for layer, kinds in report.get("router", {}).items():
+        if not shown or not shown[-1].startswith("| router"):
+            shown.append("| router | " + " | ".join(kinds) + " |\n|---|" + "---|" * len(kinds))
+        cells = (", ".join(f"{weight:.3f}" for weight in np.atleast_1d(weights)) for weights in kinds.values())
+        shown[-1] += f"\n| {layer} | " + " | ".join(cells) + " |"
+    return "\n\n".join(shown)
+
+
 def samples(answers_by_name, count=4):
     """A few prompts with the answer of each policy beneath, harmful and safe ones in turn."""
     first = next(iter(answers_by_name.values()))
@@ -445,7 +461,7 @@ def main(argv=None):
         return
     if not args.runs:
         raise UserError("name the run folders to evaluate, or a file to --score")
-    rows = {}
+    rows, more = {}, []
     for run in args.runs:
         policy, tokenizer, config = load_policy(run)
         if config["model"] != "toy":
@@ -457,7 +473,8 @@ def main(argv=None):
                                  f"eval-static-{args.static}" if args.static else "eval", mixed_preferences(config))
         rows.setdefault("base", report["base"])
         rows[f"{run} at {args.static}" if args.static else str(run)] = report["policy"]
-    print(table(rows))
+        more.append(report_tables(report, str(run)))
+    print(*filter(None, (table(rows), *more)), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ import losses
 from data import (COST_VIEWS, PREFERENCES, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key,
                   encode, encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack,
                   read_rows, save_encoded, source_files, toy_comparisons, toy_demonstrations, toy_preferences)
-from eval import WEIGHT_FOLDERS, Parser, as_command, evaluate_run, load_judge, pooled_states, score, table
+from eval import WEIGHT_FOLDERS, Parser, as_command, evaluate_run, load_judge, pooled_states, report_tables, score,
+                  table
 from lora_moe import (Gate, OneExpert, add_experts, expert_layers, is_mixture, is_router, load_adapter, merge_experts,
                       router_weights, save_adapter, save_experts, set_routers, trainable_parameters, use_expert)
 from lora_moe import reference as without_experts
@@ -1102,11 +1103,8 @@ def run(config):
             preferences = group_names(config) if config.data == "toy" else ()
             report, shown = evaluate_run(model, plain, tokenizer, out, config.eval_split, config.seed,
                                          config.temperature, "eval", preferences)
-        print(f"\n{shown}\n\n" + table({"base": report["base"], config.method: report["policy"]}))
-        if preferences:
-            uses = report.get("uses", {config.method: report["policy"].get("preferences")})
-            columns = {name: name for name in (*preferences, "mixing")}
-            print("\n" + table({"base": report["base"]["preferences"], **uses}, columns))
+        rows = {"base": report["base"], config.method: report["policy"]}
+        print("", *filter(None, (shown, table(rows), report_tables(report, config.method))), sep="\n\n")
     done = time.perf_counter()
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
           f"the run is in {out}/")

@@ -634,6 +634,18 @@ def test_the_table_has_a_row_a_policy_and_a_column_a_figure():
     assert cells == ["safedpo"] + [f"{i / 10:.3f} ± 0.012" for i in range(len(names))]
 
 
+def test_report_tables_show_preferences_by_use_and_routers_by_layer():
+    scores = {"warmth": 0.25, "warmth_se": 0.01, "mixing": 0.5, "mixing_se": 0.02}
+    report = {"base": {"preferences": {**scores, "warmth": 0.125}}, "policy": {"preferences": scores},
+              "uses": {"mixture": scores, "0": {**scores, "warmth": 0.75}},
+              "router": {"layer 0": {"harmful": [1.0, 0.25], "safe": [0.0, 0.5], "entropy": 0.125}}}
+    preferences, router = eval_file.report_tables(report, "run").split("\n\n")
+    assert [line.split("|")[1:3] for line in preferences.split("\n")[2:]] == [
+        [" base ", " 0.125 ± 0.010 "], [" mixture ", " 0.250 ± 0.010 "], [" 0 ", " 0.750 ± 0.010 "]]
+    assert router.split("\n")[-1] == "| layer 0 | 1.000, 0.250 | 0.000, 0.500 | 0.125 |"
+    assert eval_file.report_tables({"base": {}, "policy": {}}, "run") == ""
+
+
 def test_each_figure_counts_the_prompts_that_it_is_about(place, monkeypatch):
     """With answers put into the model's mouth: it refuses all that is harmful or alarming and helps with the rest."""
     prompts = eval_file.toy_eval_prompts("test", 0)
