@@ -30,8 +30,8 @@ import losses
 from data import (COST_VIEWS, PREFERENCES, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key,
                   encode, encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack,
                   read_rows, save_encoded, source_files, toy_comparisons, toy_demonstrations, toy_preferences)
-from eval import WEIGHT_FOLDERS, Parser, as_command, evaluate_run, load_judge, pooled_states, report_tables, score,
-                  table
+from eval import (WEIGHT_FOLDERS, Parser, as_command, evaluate_run, load_judge, pooled_states, report_tables, score,
+                  table)
 from lora_moe import (Gate, OneExpert, add_experts, expert_layers, is_mixture, is_router, load_adapter, merge_experts,
                       router_weights, save_adapter, save_experts, set_routers, trainable_parameters, use_expert)
 from lora_moe import reference as without_experts
