@@ -234,8 +234,9 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="e
               "temperature": temperature}
     if hasattr(policy, "gate") and preferences:
         count = max(layer.num_experts for _, layer in expert_layers(policy))
-        report["uses"] = {use: evaluate_preferences(policy, tokenizer, preferences, split, seed, temperature, use)
-                          for use in ("mixture", "sparse", *map(str, range(count)))}
+        others = {use: evaluate_preferences(policy, tokenizer, preferences, split, seed, temperature, use)
+                  for use in ("sparse", *map(str, range(count)))}
+        report["uses"] = {"mixture": figures["policy"]["preferences"], **others}
     elif getattr(policy, "router_spec", {"type": "constant"})["type"] != "constant":
         prompts = toy_eval_prompts(split, seed)
         kinds = {"harmful": [p for p in prompts if p.task.harmful], "safe": [p for p in prompts if not p.task.harmful]}
