@@ -839,7 +839,7 @@ ANNOTATORS = tuple(f"{taste} {number:03}" for number in range(3) for taste in ("
 def planted(group, groups=ANNOTATORS):
     """A part of the data of which only the groups matter."""
     return Encoded(np.zeros(0, dtype=np.int32), np.zeros((len(group), 4), dtype=np.int64),
-                   {"group": np.array(group)}, groups)
+                   {"group": np.array(group)}, groups=groups)
 
 
 def report_of(monkeypatch, margins, log_gate, held_out=None, experts=2):
