@@ -59,6 +59,7 @@ class SigmoidRouter(nn.Module):
             nn.ModuleList([seeded_linear(d_in, hidden, True, generator), seeded_linear(hidden, d_in, True, generator),
                            seeded_linear(d_in, 1, True, generator)]) for _ in range(num_experts))
         self.activation = ACTIVATIONS[activation] if activation else None
+        self.kept = None                                 # (what the parameters were, vectors, biases), for generation
 
     def chain(self, network):
         """(vector, bias) with vector · x + bias = the three layers, one after the other: (1, D_in), (1,)."""
@@ -67,10 +68,20 @@ class SigmoidRouter(nn.Module):
             vector, bias = vector @ layer.weight, bias + vector @ layer.bias
         return vector, bias
 
+    def chains(self):
+        """The chain of every network: (K, D_in), (K,). Without gradients it is kept until a parameter changes."""
+        state = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
+        if torch.is_grad_enabled() or self.kept is None or self.kept[0] != state:
+            device = self.networks[0][0].weight.device.type
+            with torch.autocast(device, enabled=False):  # a product of weights, not of tokens: float32 costs nothing
+                vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))
+            self.kept = None if torch.is_grad_enabled() else (state, vectors, biases)
+            return vectors, biases
+        return self.kept[1:]
+
     def forward(self, x):
         if self.activation is None:
-            with torch.autocast(x.device.type, enabled=False):  # a product of weights, not of tokens: float32 is free
-                vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))
+            vectors, biases = self.chains()
             return F.linear(x, vectors.to(x.dtype), biases.to(x.dtype)).float().sigmoid()           # (..., K)
         scores = []
         for first, second, last in self.networks:

@@ -620,3 +620,33 @@ def test_a_damaged_mixture_is_answered_with_one_line_that_names_the_file(damage,
     damage(folder)
     message = line_of(load_experts, load("llama"), folder)
     assert str(folder / file) in message and says in message, message
+
+
+def test_a_router_without_gradients_follows_every_change_of_its_weights():
+    """Generation multiplies the chain once; training, loading and moving weights must never see an old one."""
+    router = SigmoidRouter(6, 2, torch.Generator().manual_seed(0), hidden=4)
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
+
+    def plain():
+        return torch.cat([torch.sigmoid(c(b(a(x)))) for a, b, c in router.networks], dim=-1)
+
+    def check():
+        with torch.no_grad():
+            for _ in range(2):
+                assert torch.allclose(router(x), plain(), atol=1e-6)
+
+    check()
+    for fused in (False, True):
+        optimizer = torch.optim.AdamW(router.parameters(), lr=0.5, fused=fused)
+        before = plain().detach()
+        router(x).sum().backward()
+        optimizer.step()
+        assert not torch.allclose(plain(), before, atol=1e-3)
+        check()
+    with torch.no_grad():
+        router.networks[0][1].weight.mul_(-2)
+    check()
+    router.networks[1][0].weight.data = torch.ones(4, 6)
+    check()
+    router.load_state_dict(SigmoidRouter(6, 2, torch.Generator().manual_seed(5), hidden=4).state_dict())
+    check()
