@@ -389,14 +389,17 @@ def flip_labels(comparisons, flip_safety, flip_preference, seed):
 SCORE_SIGNS = {"reward": 1, "cost": -1}  # a cost is high where a response is unsafe
 
 
-def ordered(comparison, chosen, score="reward"):
-    """The pair of a comparison in which response number `chosen` is the chosen one.
+def score_margin(score, chosen, rejected):
+    """SPE-DPO's m = max(0, s(chosen) - s(rejected)) of two values of the named score, s being minus a cost
+    (arXiv 2506.02460): 0 where the score orders the two the other way."""
+    return max(0.0, SCORE_SIGNS[score] * (chosen - rejected))
 
-    Its margin is max(0, s(chosen) - s(rejected)), s being the named score, minus the score for costs: SPE-DPO's m
-    (arXiv 2506.02460). It is 0 where the score orders the two the other way, or is not there.
-    """
+
+def ordered(comparison, chosen, score="reward"):
+    """The pair of a comparison in which response number `chosen` is the chosen one; its margin is by the named score,
+    0 where that is not there."""
     unsafe, scores = comparison.unsafe or (False, False), (comparison.scores or {}).get(score, (0, 0))
-    margin = max(0.0, SCORE_SIGNS[score] * (scores[chosen] - scores[1 - chosen]))
+    margin = score_margin(score, scores[chosen], scores[1 - chosen])
     return Pair(comparison.prompt, comparison.responses[chosen], comparison.responses[1 - chosen],
                 bool(unsafe[chosen]), bool(unsafe[1 - chosen]), comparison.group, margin)
 

@@ -11,7 +11,6 @@ import math
 import re
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -27,9 +26,10 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import losses
-from data import (COST_VIEWS, PREFERENCES, SCORE_SIGNS, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key,
+from data import (COST_VIEWS, PREFERENCES, SOURCES, TEMPLATES, VIEWS, Tokenizer, apply_view, content_key,
                   encode, encode_pairs, flip_labels, load_comparisons, load_encoded, make_toy_tokenizer, pack,
-                  read_rows, save_encoded, source_files, toy_comparisons, toy_demonstrations, toy_preferences)
+                  read_rows, save_encoded, score_margin, source_files, toy_comparisons, toy_demonstrations,
+                  toy_preferences)
 from eval import (WEIGHT_FOLDERS, Parser, as_command, evaluate_run, load_judge, pooled_states, report_tables, score,
                   table)
 from lora_moe import (Gate, OneExpert, add_experts, expert_layers, is_mixture, is_router, load_adapter, merge_experts,
@@ -898,7 +898,7 @@ def add_margins(config, parts):
             texts = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
             scores = np.reshape(score(*judge, texts, device=config.device, batch_size=64), (-1, 2))
             for pair, (chosen, rejected) in zip(pairs, scores.tolist()):
-                pair.margin = max(0.0, SCORE_SIGNS[name] * (chosen - rejected))
+                pair.margin = score_margin(name, chosen, rejected)
     margins = [pair.margin for pair in parts["train"]]
     if not folder and not any(margins):
         raise UserError(f"--method {config.method}: no margins; name a score model with --{name}_model, or use data "

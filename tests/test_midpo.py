@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import eval as eval_file
 import train
-from data import TOY_CHAT, Tokenizer, apply_view, toy_comparisons
-from lora_moe import expert_layers, load_adapter
+from data import Tokenizer, apply_view, toy_comparisons
+from lora_moe import expert_layers
 from model import ModelConfig, ScoreModel, Transformer, UserError, generate, read_json
 from test_train import (COMPARISONS, SMALL_MODEL, bases, interrupt_at, line_of, make_small, place,  # noqa: F401
                         rows, run, small_pairs)

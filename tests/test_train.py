@@ -518,6 +518,13 @@ def line_of(*flags):
     return message
 
 
+def check_mistake(method, flags, said):
+    """A mistaken flag gets one line that names it, and no run folder is made."""
+    message = line_of("--method", method, *flags, "--max_steps", "1", "--out", "out/wrong")
+    assert all(part in message for part in said), message
+    assert not Path("out/wrong").exists()
+
+
 @pytest.mark.parametrize("flags, said", (
     (("--method", "ppo"), ("ppo", "safedpo", "dpo", "sft")),
     (("--mehtod", "dpo"), ("--mehtod", "did you mean --method")),
