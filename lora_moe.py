@@ -194,9 +194,9 @@ def router_weights(model, kept):
 def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0, router=None):
     """Freeze the model and wrap every linear layer that `targets` selects. Returns the model.
 
-    targets: a list of layer names ("down_proj", "mlp.up_proj"), "all-linear" (every one but the head), or a
-    regular expression that matches whole module names, as PEFT reads it. router: a specification for
-    `make_router`; default: constant weights of 1. Raises UserError when a target selects nothing.
+    targets: a list of layer names ("down_proj", "mlp.up_proj"), "all-linear" (every one but the head), "mlp" (those
+    of the MLPs), or a regular expression that matches whole module names, as PEFT reads it. router: a specification
+    for `make_router`; default: constant weights of 1. Raises UserError when a target selects nothing.
     """
     assert not any(True for _ in expert_layers(model)), "the model has experts already; merge_experts(model) first"
     chosen = select_modules(targets, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
@@ -218,9 +218,11 @@ def set_routers(model, spec, seed=0):
 
 
 def select_modules(targets, names):
-    """The names that `targets` selects, by PEFT's rules. Raises UserError when a target selects nothing."""
+    """The names that `targets` selects: "mlp", or by PEFT's rules. Raises UserError when a target selects nothing."""
     if targets == "all-linear":
         return [name for name in names if name not in ("lm_head", "score")]
+    if targets == "mlp":
+        return [name for name in names if ".mlp." in name]
     if isinstance(targets, str):
         chosen = [name for name in names if re.fullmatch(targets, name)]
     else:

@@ -222,6 +222,13 @@ def test_all_linear_spares_the_head():
     assert len(names) == 14 and "lm_head" not in names
 
 
+@pytest.mark.parametrize("family, layers", [("llama", ("down", "gate", "up")), ("gpt2", ("down", "up"))])
+def test_mlp_selects_the_layers_of_the_mlps_in_every_family(family, layers):
+    model = add_experts(load(family), "mlp", rank=1, alpha=1)
+    assert sorted(name for name, _ in expert_layers(model)) == [
+        f"model.layers.{i}.mlp.{layer}_proj" for i in range(model.config.num_layers) for layer in layers]
+
+
 def test_targets_that_select_nothing_are_named():
     assert "no layer is called 'c_attn'; there are down_proj, gate_proj" in line_of(
         add_experts, load("llama"), ["q_proj", "c_attn"], 1, 1)
