@@ -4,14 +4,15 @@
     python tests/study.py midpo --split dev    on the development split, where settings are chosen
 
 Studies: safedpo, midpo, pmol, moe, moe3. Each seed makes a base model, comparisons, an order of training and samples
-of its own. Runs go to out/study/.
+of its own. Runs go to out/study/, two at a time on two cores, one thread each. CPU seconds and peak memory are those of
+the whole process of a run: training, and judging the base and the policy (Linux: other systems count memory otherwise).
 """
 import argparse
+import json
 import math
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from eval import FIGURES, mean_and_error, table  # noqa: E402
-from model import read_json  # noqa: E402
+from model import read_json, write_text  # noqa: E402
 
 TOY_FIGURES = {key: heading for key, (heading, _, _) in FIGURES.items()}
 MIDPO = "--method midpo"
@@ -27,10 +28,7 @@ EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
 COUNTS = (2, 3, 4, 6, 10)
-
-
-LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 60 --expert_noise 0.03 "
-          "--lr 1e-3 --epochs 5")
+LATENT = "--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.03 --epochs 4"
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
 
 
@@ -38,9 +36,10 @@ def mixed(count):
     return f"--groups {','.join(TEN[:count])}"
 
 
-def same_size(count):
-    """The rank of one LoRA that has as many trainable parameters as PMoL with so many experts of rank 16."""
-    return round(16 * count + (count + 1) * 384 / (384 + 128))  # a router has (K + 1) · 384
+def same_size(count, per_rank):
+    """The rank of one LoRA with as many trainable parameters as PMoL with so many experts of rank 16 on q_proj, v_proj
+    and down_proj. per_rank: parameters in a toy layer for each rank, the inputs and outputs of what the LoRA wraps."""
+    return round((16 * count * 1024 + (count + 1) * 640) / per_rank)
 
 
 def uses(name, flags, *experts):
@@ -72,14 +71,15 @@ STUDIES = {
     "pmol": {
         **{f"{count}: {name}": (f"{flags} {mixed(count)}", "eval.json policy preferences") for count in COUNTS
            for name, flags in (("PMoL", f"--method pmol --experts {count}"),
-                               ("single LoRA", f"--method dpo --lora_rank {same_size(count)} --lr 3e-4"))},
-        **{f"{count}: all weights": (f"--method dpo --lora_rank 0 --lr 3e-5 {mixed(count)}",
-                                     "eval.json policy preferences") for count in (3, 10)},
-        **{f"{count}: PMoL {name}": (f"--method pmol {flags} {mixed(count)}", "eval.json policy preferences")
-           for count in (3, 10)
-           for name, flags in (("without soft loss", "--egs_weight 0"), ("without empty expert", "--no_empty_expert"))},
-        **{f"3: PMoL, s_c = {s_c}": (f"--method pmol --soft_constraint {s_c} {mixed(3)}",
-                                     "eval.json policy preferences") for s_c in (0, 1)},
+                               ("single LoRA", f"--method dpo --lora_rank {same_size(count, 512)}"),
+                               ("all weights", "--method dpo --lora_rank 0 --lr 3e-5"))},
+        **{f"{count}: {name}": (f"{flags} {mixed(count)}", "eval.json policy preferences") for count in (3, 10)
+           for name, flags in (("PMoL without soft loss", f"--method pmol --experts {count} --egs_weight 0"),
+                               ("PMoL without empty expert", f"--method pmol --experts {count} --no_empty_expert"),
+                               ("single LoRA, PMoL's layers and β", f"--method dpo --lora_rank {same_size(count, 1024)} "
+                                "--lora_targets q_proj,v_proj,down_proj --beta 1 --lr 4e-4"))},
+        **{f"3: PMoL, s_c = {s_c}": (f"--method pmol --experts 3 --soft_constraint {s_c} {mixed(3)}",
+                                     "eval.json policy preferences") for s_c in (0, 0.5)},
     },
     "moe": {
         "DPO": ("--method dpo --groups warmth,curtness --annotators 100 --beta 0.3 --lr 3e-4",
@@ -92,27 +92,40 @@ STUDIES = {
     },
     "moe3": {
         "DPO": (f"--method dpo --beta 0.3 --lr 3e-4 {REWARDS}", "eval.json policy preferences"),
-        **uses("shared trunk", f"--method mix-dpo --share trunk {REWARDS}", "sentiment", "informativeness"),
-        **uses("adapters", f"--method mix-dpo {REWARDS}", "sentiment", "informativeness"),
+        **uses("shared trunk, gate on rewards", f"--method moe-dpo --share trunk --lr 2e-4 {REWARDS}",
+               "sentiment", "informativeness"),
+        **uses("shared trunk, no gate", f"--method mix-dpo --share trunk --lr 2e-4 {REWARDS}",
+               "sentiment", "informativeness"),
     },
 }
 
 
 def run(command, threads):
-    done = subprocess.run([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}")
+    """Run it to its end, which must be a good one; returns what it cost."""
+    with subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}) as process:
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{said[-2000:]}")
+    return {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
 
 
-def train(flags, seed, split, threads):
-    """Run train.py unless its eval.json is there already; returns the run folder."""
+def make_base(seed):
+    """The toy base model of a seed, before the runs that share it: else the first of them would pay for it."""
+    run([ROOT / "train.py", "--method", "sft", "--max_steps", 1, "--seed", seed,
+         "--out", f"out/study/base-seed{seed}"], os.cpu_count())
+
+
+def train(flags, seed, split):
+    """Run train.py on one thread unless it was run to its end before; returns the run folder."""
     name = flags.replace("--", "").replace(" ", "_")
     out = Path("out/study") / f"{name}-seed{seed}-{split}"
-    if not (out / "eval.json").is_file():
-        started = time.perf_counter()
-        run([ROOT / "train.py", *flags.split(), "--seed", seed, "--eval_split", split, "--out", out], threads)
-        print(f"done in {time.perf_counter() - started:.0f} s: {out}", file=sys.stderr, flush=True)
+    if not (out / "cost.json").is_file():
+        cost = run([ROOT / "train.py", *flags.split(), "--seed", seed, "--eval_split", split, "--out", out], 1)
+        write_text(out / "cost.json", json.dumps(cost) + "\n")
+        print(f"done in {cost['cpu_seconds']:.0f} CPU seconds: {out}", file=sys.stderr, flush=True)
     return out
 
 
@@ -133,7 +146,10 @@ def figures(out, where, split):
         found["recovered"], found["recovered_se"] = experts.get("recovered", math.nan), 0
         found["own"], found["own_se"] = min(map(max, experts["accuracy"].values())), 0
     if "uses" in keys or "preferences" in keys:
-        found["degenerate"], found["degenerate_se"] = read_json(out / file)["policy"]["degenerate"], 0
+        of_base = keys[0] == "base"
+        known = {"degenerate": read_json(out / file)["base" if of_base else "policy"]["degenerate"],
+                 **({} if of_base else read_json(out / "cost.json"))}
+        found |= {name: value for key, value in known.items() for name, value in ((key, value), (f"{key}_se", 0))}
     return found
 
 
@@ -162,13 +178,13 @@ def main():
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     args = parser.parse_args()
     rows = STUDIES[args.study]
-    cores, seeds = os.cpu_count() or 1, range(args.seeds)
-    every = list(dict.fromkeys(flags for flags, _ in rows.values()))
-    runs = {(every[0], seed): train(every[0], seed, args.split, cores) for seed in seeds}  # makes the base models
-    with ThreadPoolExecutor(cores) as pool:  # one thread a run uses the cores better than all threads on one run
-        rest = {(flags, seed): pool.submit(train, flags, seed, args.split, 1)
-                for flags in every for seed in seeds if (flags, seed) not in runs}
-        runs.update({key: future.result() for key, future in rest.items()})
+    seeds = range(args.seeds)
+    for seed in seeds:
+        make_base(seed)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # runs of one thread use the cores better than threads of one run
+        futures = {(flags, seed): pool.submit(train, flags, seed, args.split)
+                   for flags in dict.fromkeys(flags for flags, _ in rows.values()) for seed in seeds}
+        runs = {key: future.result() for key, future in futures.items()}
     lines = {}
     for name, (flags, where) in rows.items():
         file, who, *keys = where.split()
@@ -177,12 +193,15 @@ def main():
                            for seed in seeds])
         lines.setdefault(name.partition(": ")[0] + ": base" if args.study == "pmol" else "base", base)
         lines[name] = over_seeds([figures(runs[flags, seed], where, args.split) for seed in seeds])
-    columns = TOY_FIGURES if "harmless_ratio" in base else {"mixing": "mixing score"}
-    if args.study.startswith("moe"):
+    columns = TOY_FIGURES
+    if args.study == "pmol":
+        columns = {"mixing": "mixing score", "degenerate": "degenerate", "cpu_seconds": "CPU seconds",
+                   "peak_mib": "peak MiB"}
+    elif args.study.startswith("moe"):
         columns = {key: key for key in base if not key.endswith("_se")}
         columns.update({"recovered": "types recovered", "own": "own pairs right", "degenerate": "degenerate"})
-        for line in lines.values():
-            line.update({key: line.get(key, math.nan) for name in columns for key in (name, f"{name}_se")})
+    for line in lines.values():
+        line.update({key: line.get(key, math.nan) for name in columns for key in (name, f"{name}_se")})
     print(table(lines, columns))
     if args.study == "midpo":
         print("\nRouter: expert 0 is safety, 1 helpfulness\n")
