@@ -139,11 +139,15 @@ def evaluate_preferences(model, tokenizer, names, split, seed, temperature=0.7, 
 
 
 def table(rows, columns=None):
-    """Markdown table of {row name: figures}: mean ± standard error. columns: {key: heading}, default: FIGURES."""
+    """Markdown table of {row name: figures}: mean ± standard error, nothing for one that is not a number.
+
+    columns: {key: heading}, default: FIGURES.
+    """
     columns = columns or {key: heading for key, (heading, _, _) in FIGURES.items()}
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
     for name, figures in rows.items():
-        cells = (f"{figures[key]:.3f} ± {figures[f'{key}_se']:.3f}" for key in columns)
+        cells = ("" if math.isnan(figures[key]) else f"{figures[key]:.3f} ± {figures[f'{key}_se']:.3f}"
+                 for key in columns)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

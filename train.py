@@ -316,8 +316,7 @@ METHODS = {
                     paper={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
                     toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7}),
     "pmol": Method("helpful", pmol, routed_logps, routed_experts, paper={"lora_rank": 16, "lora_targets": "mlp"},
-                   toy={"groups": "helpfulness,harmlessness,empathy", "lora_targets": "q_proj,v_proj,down_proj",
-                        "beta": 1.0, "lr": 4e-4, "router_lr": 100.0, "soft_constraint": "1"}),
+                   toy={"groups": "helpfulness,harmlessness,empathy", "lora_targets": "down_proj", "lr": 8e-5}),
     "mix-dpo": Method("helpful", moe_dpo, expert_logps, whole_experts, prepare=add_pooled,
                       paper={"lora_rank": 16, "gate": "constant"}, toy=TWO_TASTES),
     "moe-dpo": Method("helpful", moe_dpo, expert_logps, whole_experts, prepare=add_pooled,
@@ -358,8 +357,8 @@ class Config:
     flip_preference: float = flag(0.0, "share of preferences that are made wrong")
     skip_bad_rows: bool = flag(False, "leave out and count the rows that cannot be used, instead of stopping")
     # the loss
-    beta: float = flag(None, "KL strength: reward = beta · log-ratio to the reference (default: 0.1; on toy 0.3 for mixtures, "
-                       "1 for pmol)")
+    beta: float = flag(None, "KL strength: reward = beta · log-ratio to the reference (default: 0.1; 0.3 for mixtures "
+                       "on toy)")
     delta: float = flag(10.0, "SafeDPO's offset on safe/unsafe pairs, in units of reward")
     label_smoothing: float = flag(0.0, "share of labels taken to be wrong (conservative DPO)")
     reward_model: str = flag("", "score model of helpfulness, for SPE-DPO's margins: a folder or hub id")
@@ -372,13 +371,12 @@ class Config:
                        "of their comparisons", ("comparison", "annotator"))
     q_temperature: float = flag(1.0, "tempers the E-step: more than 1 makes responsibilities softer")
     references: str = flag("", "a mixture's references, one folder for each expert, with commas (default: the model)")
-    soft_constraint: str = flag(None, "PMoL's s_c from 0 (balance) to 1 (own group only), or one for each group "
-                                "(default: 0.5; 1 on toy)")
+    soft_constraint: str = flag("0.5", "PMoL's s_c from 0 (balance) to 1 (own group only), or one for each group")
     # what is trained
     lora_rank: int = flag(None, "rank of the LoRA expert; 0 trains all weights (default: 0; 16 on toy)")
     lora_alpha: float = flag(None, "LoRA scale is alpha / rank (default: 2 · rank)")
     lora_targets: str = flag(None, "layers that carry experts: names with commas, mlp or all-linear (default: "
-                             "down_proj; mlp for pmol, q_proj,v_proj,down_proj on toy)")
+                             "down_proj; mlp for pmol on other than toy models)")
     init_adapter: str = flag("", "adapter to start from; for midpo the safety and the helpfulness expert, with a comma")
     experts: int = flag(None, "number of experts, a multiple of the groups (default: one for each group)")
     share: str = flag("", "trunk: a mixture's experts are heads on one trunk; --lora_rank 0 makes them full copies",
@@ -389,7 +387,7 @@ class Config:
     no_empty_expert: bool = flag(False, "PMoL without its empty expert")
     router_temperature: float = flag(1.0, "of PMoL's softmax routers")
     router_lr: float = flag(None, "routers and gates learn at this many times the learning rate (default: 1; 100 for "
-                            "pmol and mixtures on toy)")
+                            "mixtures on toy)")
     router_hidden: int = flag(None, "d_r, the width inside MidPO's routers (default: 512; 64 on toy)")
     router_activation: str = flag("", "between the layers of MidPO's routers (default: none)", ("", *ACTIVATIONS))
     # the optimiser
@@ -420,7 +418,7 @@ class Config:
 # The papers' settings (arXiv 2505.20065, 2506.02460), and those chosen on the toy world's development split.
 PAPER = {"epochs": 3, "lora_rank": 0, "lr": {"all weights": 1e-6, "LoRA": 1e-5}, "weight_decay": 0.05,
          "router_hidden": 512, "beta": 0.1, "router_lr": 1.0, "gate": "constant", "annotators": 0,
-         "lora_targets": "down_proj", "harmful_share": 0.45, "soft_constraint": "0.5"}
+         "lora_targets": "down_proj", "harmful_share": 0.45}
 TOY = {**PAPER, "epochs": 2, "lora_rank": 16, "lr": {"all weights": 1.6e-5, "LoRA": 1.6e-4}}
 TOY_COMPARISONS = 3000
 
