@@ -31,7 +31,8 @@ TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer
 # development split (seed 0) that left at most 5 % more answers degenerate, or the smallest tried
 RATES = {2: (8e-5, 8e-5, 1.6e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5, 1.6e-5), 6: (1.6e-4, 8e-5, 3e-5),
          10: (3e-4, 1.6e-4, 3e-5)}
-LATENT = "--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --epochs 4"
+LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --lr 4.5e-4 "
+          "--epochs 3")
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
 
 

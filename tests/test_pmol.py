@@ -491,7 +491,7 @@ def test_a_files_groups_are_the_preferences(place):
     lines = preference_file("pairs.jsonl", ("kind", "brief", "exact"))
     out = run("run", *REAL, "--held_out", 0, "--soft_constraint", "1,0,0.5")
     settings = read_json(out / "config.json")
-    assert settings["groups"] == "brief,exact,kind" and settings["experts"] == 3
+    assert settings["groups"] == "brief,exact,kind" and settings["experts"] == 3 and settings["lora_targets"] == "mlp"
     config = train.parse_flags([*map(str, REAL), "--device", "cpu"])
     pairs = [data.Pair(line["prompt"], line["chosen"], line["rejected"], group=line["group"]) for line in lines]
     target = [[1, 0, 0], [1 / 3, 1 / 3, 1 / 3], [1 / 4, 1 / 4, 1 / 2]]
