@@ -29,8 +29,7 @@ TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer
        "caution")
 # Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: each is the best of those tried on the
 # development split (seed 0) that left at most 5 % more answers degenerate, or the smallest tried
-RATES = {2: (8e-5, 8e-5, 1.6e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5, 1.6e-5), 6: (1.6e-4, 8e-5, 3e-5),
-         10: (3e-4, 1.6e-4, 3e-5)}
+RATES = {2: (8e-5, 8e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5), 6: (1.6e-4, 8e-5), 10: (3e-4, 1.6e-4, 3e-5)}
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --lr 4.5e-4 "
           "--epochs 3")
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
@@ -82,7 +81,8 @@ STUDIES = {
     },
     "pmol": {
         **{f"{count}: {name}": (flags(count), "eval.json policy preferences") for count in RATES
-           for name, flags in (("PMoL", pmol), ("single LoRA of the same size", single), ("all weights", whole))},
+           for name, flags in (("PMoL", pmol), ("single LoRA of the same size", single))},
+        **{f"{count}: all weights": (whole(count), "eval.json policy preferences") for count in (3, 10)},
         **{f"{count}: PMoL, {name}": (pmol(count, flag), "eval.json policy preferences") for count in (3, 10)
            for name, flag in (("no soft loss", "--egs_weight 0"), ("no empty expert", "--no_empty_expert"))},
         **{f"3: PMoL, s_c = {s_c}": (pmol(3, f"--soft_constraint {s_c}"), "eval.json policy preferences")
@@ -101,8 +101,8 @@ STUDIES = {
         "DPO": (f"--method dpo --beta 0.3 --lr 3e-4 {REWARDS}", "eval.json policy preferences"),
         **uses("shared trunk, gate on rewards", f"--method moe-dpo --share trunk --lr 2e-4 {REWARDS}",
                "sentiment", "informativeness"),
-        **uses("shared trunk, no gate", f"--method mix-dpo --share trunk --lr 2e-4 {REWARDS}",
-               "sentiment", "informativeness"),
+        "shared trunk, no gate: mixture": (f"--method mix-dpo --share trunk --lr 2e-4 {REWARDS}",
+                                           "eval.json uses mixture"),
     },
 }
 
@@ -121,8 +121,9 @@ def run(command, threads):
 
 def make_base(seed):
     """The toy base model of a seed, before the runs that share it: else the first of them would pay for it."""
-    run([ROOT / "train.py", "--method", "sft", "--max_steps", 1, "--seed", seed,
-         "--out", f"out/study/base-seed{seed}"], os.cpu_count())
+    if not Path(f"out/toy-base-seed{seed}").is_dir():
+        run([ROOT / "train.py", "--method", "sft", "--max_steps", 1, "--seed", seed,
+             "--out", f"out/study/base-seed{seed}"], os.cpu_count())
 
 
 def train(flags, seed, split):
@@ -207,7 +208,7 @@ def main():
         make_base(seed)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # runs of one thread use the cores better than threads of one run
         futures = {(flags, seed): pool.submit(train, flags, seed, args.split)
-                   for flags in dict.fromkeys(flags for flags, _ in rows.values()) for seed in seeds}
+                   for seed in seeds for flags in dict.fromkeys(flags for flags, _ in rows.values())}
         runs = {key: future.result() for key, future in futures.items()}
     lines = {}
     for name, (flags, where) in rows.items():
@@ -225,7 +226,8 @@ def main():
     columns = TOY_FIGURES
     if args.study.startswith("moe"):
         columns = {key: key for key in base if not key.endswith("_se") and key != "degenerate"}
-        columns.update({"recovered": "types recovered", "own": "own pairs right", "degenerate": "degenerate"})
+        columns |= {"recovered": "types recovered"} if args.study == "moe" else {}  # three rewards, two experts: no types
+        columns |= {"own": "own pairs right", "degenerate": "degenerate"}
     print(table({name: filled(line, columns) for name, line in lines.items()}, columns))
     if args.study == "midpo":
         print("\nRouter: expert 0 is safety, 1 helpfulness\n")
