@@ -29,7 +29,8 @@ TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer
        "caution")
 # Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: each is the best of those tried on the
 # development split (seed 0) that left at most 5 % more answers degenerate, or the smallest tried
-RATES = {2: (8e-5, 8e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5), 6: (1.6e-4, 8e-5), 10: (3e-4, 1.6e-4, 3e-5)}
+RATES = {2: (8e-5, 8e-5, 1.6e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5, 1.6e-5), 6: (1.6e-4, 8e-5, 3e-5),
+         10: (3e-4, 1.6e-4, 3e-5)}
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --lr 4.5e-4 "
           "--epochs 3")
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
@@ -81,8 +82,7 @@ STUDIES = {
     },
     "pmol": {
         **{f"{count}: {name}": (flags(count), "eval.json policy preferences") for count in RATES
-           for name, flags in (("PMoL", pmol), ("single LoRA of the same size", single))},
-        **{f"{count}: all weights": (whole(count), "eval.json policy preferences") for count in (3, 10)},
+           for name, flags in (("PMoL", pmol), ("single LoRA of the same size", single), ("all weights", whole))},
         **{f"{count}: PMoL, {name}": (pmol(count, flag), "eval.json policy preferences") for count in (3, 10)
            for name, flag in (("no soft loss", "--egs_weight 0"), ("no empty expert", "--no_empty_expert"))},
         **{f"3: PMoL, s_c = {s_c}": (pmol(3, f"--soft_constraint {s_c}"), "eval.json policy preferences")
