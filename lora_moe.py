@@ -4,40 +4,59 @@ With every expert a pair (A_k: R×D_in, B_k: D_out×R), stacked to A: (K·R)×D_
 
     W x + scale · Σ_k w_k B_k A_k x  =  W x + scale · B (w̃ ⊙ (A x)),   w̃ repeating each w_k R times.
 
-One expert with w = 1 is plain LoRA (arXiv 2106.09685); w = 0 is the reference policy. Where w comes from is
-the router's business. Letters in shape comments: K experts, R rank, D width, L wrapped layers.
+One expert with w = 1 is plain LoRA (arXiv 2106.09685); w = 0 is the base model. The weights w come from a router in
+every layer (MidPO, PMoL), or are one-hot for a whole expert policy (Mix- and MoE-DPO), which a gate chooses.
+
+Read in this order: routers, the gate, ExpertLinear, attaching and freezing experts, log-probs of whole experts,
+then adapter and mixture files.
+Letters in shape comments: B rows, T tokens per row, N pairs, K experts, R rank (in log-probs: responses), D width,
+L wrapped layers.
 """
 import json
 import math
 import re
+from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from model import ACTIVATIONS, UserError, first_line, read_json, replacing_folder, stored_name
-
-
-def seeded_linear(d_in, d_out, bias, generator):
-    """A linear layer whose parameters are drawn by this generator from ±1/sqrt(D_in), PyTorch's own range."""
-    layer = nn.Linear(d_in, d_out, bias=bias)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
-    return layer
+from losses import sequence_logps
+from model import (ScoreModel, Transformer, UserError, atomic_folder, first_line, read_json, read_tensors,
+                   stored_name)
 
 
-class ConstantRouter(nn.Module):
+# Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
+
+
+class Router(nn.Module):
+    """What the routers have in common. forward(x) gives probabilities, (..., K) or with an empty expert (..., K + 1),
+    which losses and reports read; mix turns them into the weights that mix the experts, here the same. A hard router
+    overrides mix alone, so that its losses still see probabilities.
+
+    spec: the settings that `make_router` makes the same router from.
+    """
+
+    def __init__(self, **spec):
+        super().__init__()
+        self.spec = spec
+
+    def mix(self, probabilities):
+        return probabilities
+
+
+class ConstantRouter(Router):
     """The same weights for every token: (K,), or (B, K) for each row. Plain LoRA is one expert with weight 1."""
 
     def __init__(self, weights):
-        super().__init__()
-        self.register_buffer("weights", torch.as_tensor(weights, dtype=torch.float32), persistent=False)
+        weights = torch.as_tensor(weights, dtype=torch.float32)
+        super().__init__(type="constant", weights=weights.tolist())
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, x):
         if self.weights.dim() == 1:
@@ -45,21 +64,20 @@ class ConstantRouter(nn.Module):
         return self.weights.view(len(self.weights), *[1] * (x.dim() - 2), -1)           # (B, 1, K) for x (B, T, D)
 
 
-class SigmoidRouter(nn.Module):
-    """MidPO's router (arXiv 2506.02460, Section 3.2): for each expert σ of a network D_in → hidden → D_in → 1.
+class SigmoidRouter(Router):
+    """MidPO's router (arXiv 2506.02460, Section 3.2): for each expert σ of a linear chain D_in → hidden → D_in → 1.
 
-    Weights are dense and apart: they need not sum to 1. activation: a name in ACTIVATIONS that stands between the
-    layers; the default "" is the paper's linear chain, which is multiplied from its last layer backwards: W3 W2 W1
-    is one vector, so a token costs one dot product instead of 2 · hidden · D_in multiplications and no memory.
+    Weights are independent (no softmax): they need not sum to 1. As there is no activation between the three layers,
+    they are multiplied from the last one backwards: W3 W2 W1 is one vector, so a token costs one dot product instead
+    of 2 · hidden · D_in multiplications.
     """
 
-    def __init__(self, d_in, num_experts, generator=None, hidden=512, activation=""):
-        super().__init__()
+    def __init__(self, d_in, num_experts, generator=None, hidden=512):
+        super().__init__(type="sigmoid", hidden=hidden)
         self.networks = nn.ModuleList(
             nn.ModuleList([seeded_linear(d_in, hidden, True, generator), seeded_linear(hidden, d_in, True, generator),
                            seeded_linear(d_in, 1, True, generator)]) for _ in range(num_experts))
-        self.activation = ACTIVATIONS[activation] if activation else None
-        self.kept = None                                 # (what the parameters were, vectors, biases), for generation
+        self.cached = None                               # (parameter versions, vectors, biases), for generation
 
     def chain(self, network):
         """(vector, bias) with vector · x + bias = the three layers, one after the other: (1, D_in), (1,)."""
@@ -69,49 +87,76 @@ class SigmoidRouter(nn.Module):
         return vector, bias
 
     def chains(self):
-        """The chain of every network: (K, D_in), (K,). Without gradients it is kept until a parameter changes."""
-        state = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
-        if torch.is_grad_enabled() or self.kept is None or self.kept[0] != state:
+        """The chain of every network: (K, D_in), (K,). Without gradients they are cached until a parameter changes."""
+        versions = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
+        if torch.is_grad_enabled() or self.cached is None or self.cached[0] != versions:
             device = self.networks[0][0].weight.device.type
             with torch.autocast(device, enabled=False):  # a product of weights, not of tokens: float32 costs nothing
                 vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))
-            self.kept = None if torch.is_grad_enabled() else (state, vectors, biases)
+            self.cached = None if torch.is_grad_enabled() else (versions, vectors, biases)
             return vectors, biases
-        return self.kept[1:]
+        return self.cached[1:]
 
     def forward(self, x):
-        if self.activation is None:
-            vectors, biases = self.chains()
-            return F.linear(x, vectors.to(x.dtype), biases.to(x.dtype)).float().sigmoid()           # (..., K)
-        scores = []
-        for first, second, last in self.networks:
-            inner = self.activation(F.linear(x, first.weight.to(x.dtype), first.bias.to(x.dtype)))
-            inner = self.activation(F.linear(inner, second.weight.to(x.dtype), second.bias.to(x.dtype)))
-            scores.append(F.linear(inner, last.weight.to(x.dtype), last.bias.to(x.dtype)))
-        return torch.cat(scores, dim=-1).float().sigmoid()
+        vectors, biases = self.chains()
+        return F.linear(x, vectors.to(x.dtype), biases.to(x.dtype)).float().sigmoid()               # (..., K)
 
 
-class SoftmaxRouter(nn.Module):
-    """PMoL's router (arXiv 2411.01245): softmax(W x / temperature) over K experts and the empty one, the last slot.
+class SoftmaxRouter(Router):
+    """PMoL's router (arXiv 2411.01245): softmax(W x / temperature) over K experts and the empty expert, the last slot.
 
     The empty expert computes nothing, so the real experts' weights sum to less than 1. empty=False leaves it out.
     """
 
     def __init__(self, d_in, num_experts, generator=None, empty=True, temperature=1.0):
-        super().__init__()
+        super().__init__(type="softmax", empty=empty, temperature=temperature)
         self.linear = seeded_linear(d_in, num_experts + empty, False, generator)
         self.temperature = temperature
 
     def forward(self, x):
-        return (F.linear(x, self.linear.weight.to(x.dtype)).float() / self.temperature).softmax(-1)
+        return (F.linear(x, self.linear.weight.to(x.dtype)).float() / self.temperature).softmax(-1)  # (..., K + 1)
+
+
+ROUTERS = {"sigmoid": SigmoidRouter, "softmax": SoftmaxRouter}  # learned ones, made from (d_in, K, generator, settings)
+
+
+def make_router(spec, d_in, num_experts, generator=None):
+    """The router of a specification {"type": "constant" or a name in ROUTERS, …its settings}."""
+    settings = {name: value for name, value in spec.items() if name != "type"}
+    if spec["type"] == "constant":
+        return ConstantRouter(settings.get("weights", [1.0] * num_experts))
+    return ROUTERS[spec["type"]](d_in, num_experts, generator, **settings)
+
+
+def seeded_linear(d_in, d_out, bias, generator):
+    """A linear layer whose parameters are drawn by this generator from ±1/sqrt(D_in), PyTorch's default range."""
+    layer = nn.Linear(d_in, d_out, bias=bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
+    return layer
+
+
+GATES = ("constant", "prompt", "user")
+
+
+def gate_weights(text):
+    """The name of a learned gate, or the fixed weights of one: "0.3,0.7"."""
+    try:
+        weights = text if text in GATES else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    if not weights or text not in GATES and not all(0 < weight < math.inf for weight in weights):
+        raise ArgumentTypeError(f"expected {', '.join(GATES)} or positive numbers with commas, not {text!r}")
+    return weights
 
 
 class Gate(nn.Module):
     """Mix- and MoE-DPO's gate, one for the whole model: log w of each prompt, (N, K) (arXiv 2510.08256, Section 3).
 
     kind: "fixed" (weights are given), "constant" (learned, the same for every prompt), "prompt" (a linear map of the
-    prompt's pooled hidden state under the frozen base) or "user" (a vector for each annotator or group; one that is
-    not in `groups`, number -1, gets the mean of them all). Learned gates start uniform.
+    prompt's mean hidden state under the frozen base) or "user" (a vector for each name in `groups`, an annotator or a
+    preference; an unknown user, number -1, gets the mean of them all). Learned gates start uniform.
     """
 
     def __init__(self, kind, num_experts, width=0, groups=(), weights=()):
@@ -124,7 +169,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.zeros(rows, num_experts)) if rows else None
 
     def forward(self, pooled=None, group=None):
-        """pooled: (N, D) of `pooled_states`; group: (N,) numbers. Returns (N, K), or (1, K) where no prompt matters."""
+        """pooled: (N, D) of `pooled_states`; group: (N,) user numbers. Returns (N, K), or (1, K) for all prompts."""
         logits = self.bias
         if self.kind == "prompt":
             logits = logits + pooled.float() @ self.weight
@@ -133,12 +178,7 @@ class Gate(nn.Module):
         return logits.log_softmax(-1).view(-1, logits.shape[-1])
 
 
-def make_router(spec, d_in, num_experts, generator=None):
-    """The router that a specification names: {"type": "constant" | "sigmoid" | "softmax", …its settings}."""
-    settings = {name: value for name, value in spec.items() if name != "type"}
-    if spec["type"] == "constant":
-        return ConstantRouter(settings.get("weights", [1.0] * num_experts))
-    return {"sigmoid": SigmoidRouter, "softmax": SoftmaxRouter}[spec["type"]](d_in, num_experts, generator, **settings)
+# Experts
 
 
 class ExpertLinear(nn.Module):
@@ -147,8 +187,7 @@ class ExpertLinear(nn.Module):
     A is drawn uniformly from ±1/sqrt(D_in), PEFT's default, and B is zero, so that training starts at the base
     model. scale = alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732); it applies under every router
     (MidPO's official router model leaves out the factor that its experts were trained with).
-    `weights` holds what the router gave in the last forward pass, (..., K) or with an empty expert (..., K + 1), for
-    losses and reports: no second pass is needed.
+    `weights` holds the router's probabilities of the last forward pass: losses and reports need no second pass.
     """
 
     def __init__(self, base, rank, alpha, num_experts=1, router=None, rslora=False, generator=None):
@@ -163,13 +202,16 @@ class ExpertLinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, num_experts * rank, device=base.weight.device))
         self.enabled, self.weights = True, None
 
-    def forward(self, x):
+    def forward(self, x, weights=None):
+        """x (..., D_in) -> (..., D_out). weights: (..., K), to mix the experts without asking the router."""
         if not self.enabled:
             return self.base(x)
-        self.weights = self.router(x)                                                   # (..., K) or (..., K + 1)
-        weights = self.weights[..., :self.num_experts, None] * self.scale               # (..., K, 1)
+        if weights is None:
+            self.weights = self.router(x)                                               # (..., K) or (..., K + 1)
+            weights = self.router.mix(self.weights)
+        scaled = weights[..., :self.num_experts, None] * self.scale                     # (..., K, 1)
         low = F.linear(x, self.lora_A.to(x.dtype)).unflatten(-1, (self.num_experts, self.rank))
-        low = (low * weights.to(x.dtype)).flatten(-2)                                   # (..., K·R)
+        low = (low * scaled.to(x.dtype)).flatten(-2)                                    # (..., K·R)
         return self.base(x) + F.linear(low, self.lora_B.to(x.dtype))
 
     def merged_weight(self):
@@ -186,9 +228,19 @@ def expert_layers(model):
             yield name, module
 
 
-def router_weights(model, kept):
-    """What the routers gave in the last forward pass: (L, tokens, slots). kept: flat positions, or (B·T,) bool."""
-    return torch.stack([layer.weights.flatten(0, -2)[kept] for _, layer in expert_layers(model)])
+def count_experts(model):
+    """K, or 0 for a model without experts."""
+    return max((layer.num_experts for _, layer in expert_layers(model)), default=0)
+
+
+def is_routed(model):
+    """True if learned routers mix the experts."""
+    return any(not isinstance(layer.router, ConstantRouter) for _, layer in expert_layers(model))
+
+
+def router_weights(model, tokens):
+    """Router probabilities of the last forward pass: (L, tokens, slots). tokens: flat positions, or (B·T,) bool."""
+    return torch.stack([layer.weights.flatten(0, -2)[tokens] for _, layer in expert_layers(model)])
 
 
 def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0, router=None):
@@ -208,17 +260,65 @@ def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0
 
 
 def set_routers(model, spec, seed=0):
-    """Give every wrapped layer a fresh router; experts stay as they are. Returns the model."""
+    """Give every wrapped layer a new router; the experts are unchanged. Returns the model."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in expert_layers(model):
         router = make_router(spec, layer.base.in_features, layer.num_experts, generator)
         layer.router = router.to(layer.base.weight.device)
-    model.router_spec = spec
     return model
 
 
+def freeze_experts(model):
+    """Stop training the experts; routers stay trainable. Returns the model."""
+    for _, layer in expert_layers(model):
+        layer.lora_A.requires_grad_(False)
+        layer.lora_B.requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def perturb_experts(model, deviation, seed=0):
+    """Add normal noise of this standard deviation to every expert's B, so that equal experts start apart."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in expert_layers(model):
+        noise = torch.empty(layer.lora_B.shape).normal_(0, deviation, generator=generator)
+        layer.lora_B += noise.to(layer.lora_B.device)
+    return model
+
+
+@torch.no_grad()
+def add_head_copies(model, num_experts, seed=0):
+    """K full copies of the head as experts on one trunk (arXiv 2510.08256, Case 1). Returns the model.
+
+    Copy k is W + B_k A_k with a fixed random rotation A_k, so B_k can learn any difference. Copies start equal; with
+    A_k = I they would also get equal gradients and never part.
+    """
+    width = model.config.hidden_size
+    layer = add_experts(model, ["lm_head"], width, width, num_experts, seed=seed).lm_head
+    rotations = torch.linalg.qr(layer.lora_A.view(-1, width, width)).Q                  # (K, D, D)
+    layer.lora_A = nn.Parameter(rotations.reshape(-1, width), requires_grad=False)
+    return model
+
+
+def add_gate(model, gate, groups=()):
+    """Give a mixture its gate: a learned kind ("constant", "prompt", "user") or K positive numbers, its fixed weights.
+
+    groups: the users of a gate on users. Returns the model.
+    """
+    width, kind = model.config.hidden_size, gate if isinstance(gate, str) else "fixed"
+    weights = [weight / sum(gate) for weight in gate] if kind == "fixed" else ()
+    model.gate = Gate(kind, count_experts(model), width, groups if kind == "user" else (), weights)
+    model.gate.to(model.model.embed_tokens.weight.device)
+    return model
+
+
+def layer_names(text):
+    """"q_proj,v_proj" -> ("q_proj", "v_proj"); "mlp" and "all-linear" stay."""
+    return text if text in ("mlp", "all-linear") else tuple(text.split(","))
+
+
 def select_modules(targets, names):
-    """The names that `targets` selects: "mlp", or by PEFT's rules. Raises UserError when a target selects nothing."""
+    """The names that `targets` selects: "mlp", or PEFT's rules. Raises UserError when a target selects nothing."""
     if targets == "all-linear":
         return [name for name in names if name not in ("lm_head", "score")]
     if targets == "mlp":
@@ -229,8 +329,8 @@ def select_modules(targets, names):
         chosen = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
         for target in targets:
             if not any(f".{name}".endswith(f".{target}") for name in chosen):
-                known = sorted({name.rpartition(".")[2] for name in names})
-                raise UserError(f"lora_targets: no layer is called {target!r}; there are {', '.join(known)}")
+                layers = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+                raise UserError(f"lora_targets: no layer is called {target!r}; there are {layers}")
     if not chosen:
         raise UserError(f"lora_targets: {targets!r} selects no layer")
     return chosen
@@ -245,27 +345,32 @@ def wrap_linear(model, name, rank, alpha, num_experts=1, **settings):
 
 
 def use_expert(model, number):
-    """From now on the model is expert `number` alone: one for all rows, or (B,), one for each row of a batch."""
+    """Route every row to this expert until changed. number: one for all rows, or (B,), one for each row."""
     for _, layer in expert_layers(model):
         assert isinstance(layer.router, ConstantRouter), "only whole experts can be chosen"
-        chosen = F.one_hot(torch.as_tensor(number), layer.num_experts).float()          # (K,) or (B, K)
-        layer.router.weights = chosen.to(layer.base.weight.device)
+        one_hot = F.one_hot(torch.as_tensor(number), layer.num_experts).float()         # (K,) or (B, K)
+        layer.router.weights = one_hot.to(layer.base.weight.device)
 
 
-class OneExpert:
-    """What `sequence_logps` needs of a model, its head, under expert k; also when the backward pass recomputes it."""
+def expert_logps(model, batch):
+    """log π_k(y|x) of every expert policy on a packed batch: (K, N, R), float32, in nats.
 
-    def __init__(self, model, k):
-        self.model, self.k, self.config = model, k, model.config
-
-    def logits(self, hidden):
-        use_expert(self.model, self.k)
-        return self.model.logits(hidden)
+    One forward pass: with each row repeated K times, or, where the experts are heads, with the trunk's rows once.
+    """
+    K, experts = count_experts(model), dict(expert_layers(model))
+    if list(experts) == ["lm_head"]:
+        hidden = model(batch.tokens, batch.positions, batch.mask())                     # (B, T, D)
+        one_hot = torch.eye(K, device=hidden.device)
+        return torch.stack([sequence_logps(model, hidden, batch, partial(model.lm_head, weights=one_hot[k]))
+                            for k in range(K)])
+    use_expert(model, torch.arange(K).repeat_interleave(len(batch.tokens)))
+    hidden = model(batch.tokens.repeat(K, 1), batch.positions.repeat(K, 1), batch.mask().repeat(K, 1, 1))
+    return torch.stack([sequence_logps(model, rows, batch) for rows in hidden.chunk(K)])
 
 
 @contextmanager
-def reference(model):
-    """Inside this block the experts are switched off (w = 0): the model is its own reference policy."""
+def disable_experts(model):
+    """Inside this block the experts are switched off (w = 0): the model is its base."""
     layers = [layer for _, layer in expert_layers(model)]
     before = [layer.enabled for layer in layers]
     for layer in layers:
@@ -284,9 +389,9 @@ def trainable_parameters(model):
 
 @torch.no_grad()
 def merge_experts(model):
-    """Fold the experts into the base weights, for good, leaving a plain model that `save_pretrained` accepts."""
+    """Add the experts, at constant weights, to the base weights. Returns the model, now a plain one."""
     for name, layer in list(expert_layers(model)):
-        if name == "lm_head" and model.config.tied:  # the embedding stays what it is, so the two part
+        if name == "lm_head" and model.config.tied:  # the embedding does not change, so they are tied no longer
             layer.base.weight = nn.Parameter(layer.base.weight.clone())
             model.config = replace(model.config, tied=False, hf={**model.config.hf, "tie_word_embeddings": False})
         layer.base.weight.copy_(layer.merged_weight())
@@ -313,24 +418,24 @@ def peft_modules(model):
 
 
 def fuse(layers, names):
-    """A (R, D_in) and B (D_out, R) of one PEFT layer, whose parts are ours: GPT-2's q, k and v share one A.
+    """A (R, D_in) and B (D_out, R) of one PEFT layer that is several of ours: GPT-2's q, k and v share one A.
 
-    Loaded adapters share it still. Trained apart they do not, and then A stacks theirs and B is block-diagonal;
-    a part without experts has a block of zeros.
+    In a loaded adapter they still do. Trained separately they do not: then A stacks theirs and B is block-diagonal.
+    A part without experts has a block of zeros.
     """
     parts = [layers.get(name) for name in names]
-    there = [part for part in parts if part is not None]
-    width = there[0].base.out_features
-    if all(torch.equal(part.lora_A, there[0].lora_A) for part in there):
-        zeros = torch.zeros_like(there[0].lora_B)
-        return there[0].lora_A, torch.cat([zeros if part is None else part.lora_B for part in parts])
-    rank = there[0].rank
-    B = there[0].lora_B.new_zeros(len(parts) * width, len(there) * rank)
+    wrapped = [part for part in parts if part is not None]
+    width = wrapped[0].base.out_features
+    if all(torch.equal(part.lora_A, wrapped[0].lora_A) for part in wrapped):
+        zeros = torch.zeros_like(wrapped[0].lora_B)
+        return wrapped[0].lora_A, torch.cat([zeros if part is None else part.lora_B for part in parts])
+    rank = wrapped[0].rank
+    B = wrapped[0].lora_B.new_zeros(len(parts) * width, len(wrapped) * rank)
     for i, part in enumerate(parts):
         if part is not None:
-            j = there.index(part)
+            j = wrapped.index(part)
             B[i * width:(i + 1) * width, j * rank:(j + 1) * rank] = part.lora_B
-    return torch.cat([part.lora_A for part in there]), B
+    return torch.cat([part.lora_A for part in wrapped]), B
 
 
 def save_adapter(model, folder, base_name=None):
@@ -365,9 +470,9 @@ def save_adapter(model, folder, base_name=None):
         "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
         "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
     }
-    with replacing_folder(folder) as partial:
-        (partial / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+    with atomic_folder(folder) as temporary:
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def read_adapter_config(path):
@@ -385,16 +490,6 @@ def read_adapter_config(path):
     return config
 
 
-def read_tensors(path):
-    """{name: tensor} of a safetensors file. Raises UserError when it is not there or not whole."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path}: broken or cut short ({first_line(error)})") from None
-
-
 def read_adapter(model, folder):
     """{name of our layer: (A, B, alpha, rslora)} of an adapter in PEFT's format.
 
@@ -403,22 +498,22 @@ def read_adapter(model, folder):
     folder = Path(folder)
     config = read_adapter_config(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
-    tensors, modules, layers = read_tensors(path), peft_modules(model), {}
+    tensors, modules, layers = dict(read_tensors(path)), peft_modules(model), {}
     for theirs in select_modules(config["target_modules"], modules):
         rank = pattern_value(config.get("rank_pattern"), theirs, config["r"])
         alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"])
         bases = [model.get_submodule(name) for name in modules[theirs]]
         wanted = {"lora_A": (rank, bases[0].in_features), "lora_B": (sum(b.out_features for b in bases), rank)}
-        found = {}
+        pair = {}
         for key, shape in wanted.items():
             name = f"base_model.model.{theirs}.{key}.weight"
             if name not in tensors:
                 raise UserError(f"{path}: tensor {name} is missing")
             if tensors[name].shape != shape:
                 raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {shape}")
-            found[key] = tensors.pop(name)
-        for name, part in zip(modules[theirs], found["lora_B"].chunk(len(modules[theirs]))):
-            layers[name] = found["lora_A"], part, alpha, config.get("use_rslora", False)
+            pair[key] = tensors.pop(name)
+        for name, part in zip(modules[theirs], pair["lora_B"].chunk(len(modules[theirs]))):
+            layers[name] = pair["lora_A"], part, alpha, config.get("use_rslora", False)
     if tensors:
         raise UserError(f"{path}: unexpected tensor {min(tensors)}")
     return layers
@@ -441,7 +536,6 @@ def load_adapter(model, *folders):
         layer = wrap_linear(model, name, rank, alpha, len(folders), rslora=rslora)
         layer.lora_A.copy_(torch.cat([layers[name][0] for layers in adapters]))
         layer.lora_B.copy_(torch.cat([layers[name][1] for layers in adapters], dim=1))
-    model.router_spec = {"type": "constant"}
     return model
 
 
@@ -451,26 +545,26 @@ def pattern_value(patterns, module, default):
 
 
 def is_router(name):
-    """Whether a tensor of the model belongs to a router or gate."""
+    """True if the parameter of this name belongs to a router or the gate."""
     return ".router." in name or name.startswith("gate.")
 
 
 def is_mixture(name):
-    """Whether a tensor of the model belongs to its experts, routers or gate, and not to the base."""
+    """True if the tensor of this name belongs to the experts, routers or gate, and not to the base."""
     return "lora_" in name or is_router(name)
 
 
 def save_experts(model, folder):
-    """Write a mixture: experts.json says what it is, experts.safetensors holds its experts, routers and gate."""
+    """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate."""
     layers = dict(expert_layers(model))
     first = next(iter(layers.values()))
     config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
-              "alpha": first.alpha, "rslora": first.rslora, "router": model.router_spec,
-              "gate": model.gate.spec if hasattr(model, "gate") else None}
+              "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
+              "gate": model.gate and model.gate.spec}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
-    with replacing_folder(folder) as partial:
-        (partial / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, partial / "experts.safetensors")
+    with atomic_folder(folder) as temporary:
+        (temporary / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, temporary / "experts.safetensors")
 
 
 @torch.no_grad()
@@ -481,7 +575,7 @@ def load_experts(model, folder):
     """
     folder = Path(folder)
     path, config = folder / "experts.safetensors", read_json(folder / "experts.json")
-    tensors = read_tensors(path)
+    tensors = dict(read_tensors(path))
     try:
         if config["rank"] < 1:
             raise UserError(f"rank {config['rank']}")
@@ -500,3 +594,49 @@ def load_experts(model, folder):
     if tensors:
         raise UserError(f"{path}: unexpected tensor {min(tensors)}")
     return model
+
+
+# What a run trained
+
+WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
+
+
+def save_trained(model, out):
+    """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts."""
+    experts = [layer for _, layer in expert_layers(model)]
+    if isinstance(model, ScoreModel) or not experts:
+        merge_experts(model).save_pretrained(out / "model")
+    elif experts[0].num_experts == 1 and isinstance(experts[0].router, ConstantRouter) and model.gate is None:
+        save_adapter(model, out / "adapter")
+    else:
+        save_experts(model, out / "experts")
+
+
+def load_trained(run, base):
+    """The language model that `save_trained` wrote into a run folder, on its base. Raises UserError without one."""
+    kind = next((name for name in WEIGHT_FOLDERS if (run / name).is_dir()), None)
+    if kind is None:
+        raise UserError(f"{run}: no trained weights (no {', '.join(WEIGHT_FOLDERS)}); did the run finish?")
+    if kind == "model":
+        return Transformer.from_pretrained(run / "model")
+    return (load_adapter if kind == "adapter" else load_experts)(Transformer.from_pretrained(base), run / kind)
+
+
+def save_checkpoint(out, step, parameters, optimizer):
+    with atomic_folder(out / "checkpoint") as temporary:
+        state = {"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict()}
+        torch.save(state, temporary / "state.pt")
+
+
+@torch.no_grad()
+def load_checkpoint(out, parameters, optimizer):
+    """Restore what `save_checkpoint` wrote; returns the number of steps done. Raises UserError if it does not fit."""
+    path = out / "checkpoint" / "state.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    stored = state["parameters"]
+    for name, parameter in parameters:
+        if name not in stored or stored[name].shape != parameter.shape:
+            raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
+        parameter.copy_(stored[name])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]

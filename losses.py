@@ -1,9 +1,9 @@
 """The preference losses, as pure functions of per-sequence log-probabilities.
 
-Every loss takes tensors of shape (N,), one entry per pair, in nats, float32, and returns (mean loss, figures):
-figures is a dict of detached means under the names that the field logs. With the implicit reward
-r(x, y) = beta · (log π(y|x) − log π_ref(y|x)), all of them are −log σ(r_chosen − r_rejected − offset); what
-differs is the offset. `sequence_logps`, the one function that meets the model, comes first.
+Every loss takes tensors of shape (N,), one entry per pair, in nats, float32, and returns (mean loss, metrics):
+metrics is a dict of detached means under the names that TRL logs. With the implicit reward
+r(x, y) = beta · (log π(y|x) − log π_ref(y|x)), DPO, SafeDPO and SPE-DPO are −log σ(r_chosen − r_rejected − offset)
+and differ in the offset alone. The log-probabilities come first; they are the only part that calls the model.
 
 Letters in shape comments: N pairs, M response tokens in the batch, D width, V vocabulary.
 """
@@ -14,15 +14,15 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time; beyond this, larger chunks are not faster
 
 
-def sequence_logps(model, hidden, batch):
+def sequence_logps(model, hidden, batch, head=None):
     """log π(y|x) of every response in a packed batch: (N, responses per prompt), float32, in nats.
 
-    hidden: (B, T, D) from `model(batch.tokens, batch.positions, batch.mask())`. Sums log-probabilities of the
-    response's tokens, its end-of-sequence token included, and of nothing else (arXiv 2305.18290, Eq. 7).
-    Vocabulary work runs in chunks whose logits live in no longer than the chunk, forward or backward.
+    hidden: (B, T, D) from `model(batch.tokens, batch.positions, batch.mask())`; head: in place of the model's.
+    Sums the log-probs of the response's tokens, its end-of-sequence token included, and of nothing else
+    (arXiv 2305.18290, Eq. 7). Logits are computed in chunks and freed with them, forward and backward.
     """
     def token_logps(chunk, target):
-        return -F.cross_entropy(model.logits(chunk).float(), target, reduction="none")
+        return -F.cross_entropy(model.logits(chunk, head).float(), target, reduction="none")
 
     states = hidden.flatten(0, 1).index_select(0, batch.predictor)                       # (M, D)
     rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
@@ -34,10 +34,15 @@ def sequence_logps(model, hidden, batch):
     return sums.flatten().index_add(0, batch.owner, torch.cat(pieces)).view(batch.shape)
 
 
+def policy_logps(model, batch):
+    """log π(y|x) of every response in a packed batch, (N, responses per prompt), by one forward pass."""
+    return sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
+
+
 def preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, offset, label_smoothing=0.0):
     """−(1−ε) log σ(Δr − offset) − ε log σ(−(Δr − offset)), with Δr = r(x, chosen) − r(x, rejected).
 
-    The shared body of the losses below. offset: (N,) or a number, in units of reward.
+    The common part of DPO, SafeDPO and SPE-DPO. offset: (N,) or a number, in units of reward.
     """
     reward_chosen = beta * (policy_chosen - ref_chosen)
     reward_rejected = beta * (policy_rejected - ref_rejected)
@@ -46,18 +51,18 @@ def preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, be
     loss = -(1 - label_smoothing) * F.logsigmoid(logit)
     if label_smoothing:
         loss = loss - label_smoothing * F.logsigmoid(-logit)
-    figures = {
+    metrics = {
         "rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected, "rewards/margins": margin,
         "rewards/accuracies": (margin > 0).float(),
         "logps/chosen": policy_chosen, "logps/rejected": policy_rejected,
     }
-    return loss.mean(), {name: value.detach().mean() for name, value in figures.items()}
+    return loss.mean(), {name: value.detach().mean() for name, value in metrics.items()}
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, label_smoothing=0.0):
     """DPO: −log σ(Δr) (arXiv 2305.18290, Eq. 7); label_smoothing ε is the conservative variant.
 
-    All log-probs (N,), in nats; beta > 0. Returns (loss, figures).
+    All log-probs (N,), in nats; beta > 0. Returns (loss, metrics).
     """
     return preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, 0.0, label_smoothing)
 
@@ -77,11 +82,11 @@ def safedpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, chose
 def spe_dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, margin, beta, label_smoothing=0.0):
     """SPE-DPO: −log σ(Δr − m) with m = max(0, s(chosen) − s(rejected)) (arXiv 2506.02460, Section 3.1).
 
-    margin: (N,), m in units of the score model, never negative: `data.ordered` clips it. 0 is DPO.
+    margin: (N,), m in units of the score model, clipped at 0 by `data.score_margin`. m = 0 is DPO.
     """
-    loss, figures = preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, margin,
+    loss, metrics = preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, margin,
                                     label_smoothing)
-    return loss, {**figures, "score_margin": margin.mean(), "score_clipped": (margin == 0).float().mean()}
+    return loss, {**metrics, "score_margin": margin.mean(), "score_clipped": (margin == 0).float().mean()}
 
 
 def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", annotator=None, q_temperature=1.0):
@@ -91,9 +96,10 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
     log w(x). With Δr_k = beta · (log-ratio of chosen − log-ratio of rejected), the loss per pair is, by objective:
     - "elbo": −Σ_k q_k [log σ(Δr_k) + log w_k − log q_k], q_k ∝ w_k σ(Δr_k) without gradient (the E-step). Its value
       and its gradients are those of −log p. q_temperature T ≠ 1 tempers the E-step, q^(1/T): the bound is then loose.
-    - "weights": the poster's −Σ_k w_k log σ(Δr_k), which Jensen's inequality puts above −log p.
-    annotator (N,): pairs with the same number share one latent expert, q ∝ w Π_i σ(Δr_k,i), and count as one event
-    whose prior is the gate's, averaged over them as logarithms; None: every pair has its own. Returns (loss, figures).
+    - "weights": −Σ_k w_k log σ(Δr_k), the form in the paper's poster; by Jensen's inequality an upper bound on −log p.
+    annotator (N,): pairs of the same annotator share one latent expert, q ∝ w Π_i σ(Δr_k,i); their prior is the mean
+    of the gate's log w over them, renormalised. None: each pair has a latent expert of its own.
+    Returns (loss, metrics).
     """
     ratios = beta * (policy_logps - ref_logps)
     margins = (ratios[..., 0] - ratios[..., 1]).T                             # (N, K)
@@ -109,14 +115,14 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
             evidence = sums.index_add(0, owner, fit)
         log_q = ((prior + evidence).detach() / q_temperature).log_softmax(-1)
         q = log_q.exp()
-        loss = (q * (log_q - prior - evidence)).sum(-1) * (len(q) / len(fit))  # its mean is per pair, not per annotator
+        loss = (q * (log_q - prior - evidence)).sum(-1) * (len(q) / len(fit))  # mean over pairs, not annotators
     gate = log_gate.detach().exp()
     likelihood = (log_gate + fit).detach().logsumexp(-1)
-    figures = {"log_likelihood": likelihood.mean(), "rewards/margins": (gate * margins.detach()).sum(-1).mean(),
+    metrics = {"log_likelihood": likelihood.mean(), "rewards/margins": (gate * margins.detach()).sum(-1).mean(),
                "rewards/accuracies": ((gate * margins.detach().sigmoid()).sum(-1) > 0.5).float().mean(),
                **{f"responsibility/{k}": share for k, share in enumerate(q.mean(0))},
                **{f"gate/{k}": share for k, share in enumerate(gate.mean(0))}}
-    return loss.mean(), figures
+    return loss.mean(), metrics
 
 
 def router_l1(safety, helpfulness):
@@ -134,9 +140,9 @@ def group_targets(num_groups, num_experts, soft_constraint):
     experts, s_c = 1 keeps preference i to its own group. arXiv 2411.01245 gives no formula: this form is ours.
     soft_constraint: one number in [0, 1], or one per group.
     """
-    own = torch.arange(num_experts) // (num_experts // num_groups) == torch.arange(num_groups)[:, None]  # (G, K)
+    own_group = torch.arange(num_experts) // (num_experts // num_groups) == torch.arange(num_groups)[:, None]  # (G, K)
     others = (1 - torch.as_tensor(soft_constraint, dtype=torch.float32)).expand(num_groups)[:, None]
-    target = torch.where(own, 1.0, others)
+    target = torch.where(own_group, 1.0, others)
     return target / target.sum(-1, keepdim=True)
 
 
@@ -153,7 +159,7 @@ def expert_group_soft_loss(router_weights, group, target):
 
 
 def reward_loss(chosen, rejected):
-    """Bradley–Terry: −log σ(s(chosen) − s(rejected)) (arXiv 2203.02155, Eq. 1). Scores (N,); (loss, figures)."""
+    """Bradley–Terry: −log σ(s(chosen) − s(rejected)) (arXiv 2203.02155, Eq. 1). Scores (N,); (loss, metrics)."""
     margin = chosen - rejected
     return -F.logsigmoid(margin).mean(), {"accuracy": (margin > 0).float().mean(), "margin": margin.detach().mean()}
 
@@ -162,14 +168,14 @@ def cost_loss(safer, other, safer_unsafe, other_unsafe):
     """Bradley–Terry on which response is the more unsafe, plus −log σ(sign · c) for each response, sign being +1 where
     it is unsafe and −1 where it is safe (arXiv 2310.12773, Eq. 6): c > 0 comes to mean unsafe.
 
-    safer, other: costs (N,); safer_unsafe, other_unsafe: (N,) flags, 1 for unsafe. Returns (loss, figures).
+    safer, other: costs (N,); safer_unsafe, other_unsafe: (N,) flags, 1 for unsafe. Returns (loss, metrics).
     """
     signed = torch.cat([safer * (2 * safer_unsafe - 1), other * (2 * other_unsafe - 1)])  # (2N,)
-    loss, figures = reward_loss(other, safer)
-    return loss - 2 * F.logsigmoid(signed).mean(), {**figures, "sign_accuracy": (signed > 0).float().mean()}
+    loss, metrics = reward_loss(other, safer)
+    return loss - 2 * F.logsigmoid(signed).mean(), {**metrics, "sign_accuracy": (signed > 0).float().mean()}
 
 
 def sft_loss(logps, lengths):
-    """Cross-entropy per response token: −Σ log π(y|x) / Σ |y|. logps, lengths: (N,). Returns (loss, figures)."""
+    """Cross-entropy per response token: −Σ log π(y|x) / Σ |y|. logps, lengths: (N,). Returns (loss, metrics)."""
     loss = -logps.sum() / lengths.sum().clamp(min=1)
     return loss, {"perplexity": loss.detach().exp(), "logps/chosen": logps.detach().mean()}

@@ -1,8 +1,7 @@
 """A decoder-only transformer that loads, runs and saves Hugging Face checkpoints.
 
-One class serves seven families (llama, mistral, qwen2, qwen3, gemma, gemma2, gpt2): they differ in
-a dozen switches, all in ModelConfig. Module and parameter names are Hugging Face's own, so a
-checkpoint's tensors go where their names say; only GPT-2's are renamed, in `stored_name`.
+One class serves seven families (llama, mistral, qwen2, qwen3, gemma, gemma2, gpt2): they differ in a dozen switches,
+all in ModelConfig. Module and parameter names are Hugging Face's; only GPT-2's are renamed, in `stored_name`.
 
 Read in this order: ModelConfig, the layers, Transformer, ScoreModel, generate, then loading and saving.
 Letters in shape comments: B rows, T tokens per row, S keys, D width, V vocabulary, H heads, C head width.
@@ -13,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,14 +47,14 @@ class UserError(Exception):
 def read_json(path):
     """The object in a JSON file. Raises UserError that names the file when it cannot be read."""
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")
-    return found
+    return values
 
 
 def first_line(error):
@@ -63,9 +62,14 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def precision(dtype, device):
+    """The context of a forward pass: autocast to the dtype of this name; nothing for float32."""
+    return torch.autocast(torch.device(device).type, DTYPES[dtype]) if dtype != "float32" else nullcontext()
+
+
 @contextmanager
-def replacing_file(path):
-    """Write a file so that it is there whole or not at all: yields a temporary path, renamed at the end."""
+def atomic_file(path):
+    """Write a file atomically: yields a temporary path, which is renamed to `path` at the end."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may write the same file
     try:
@@ -76,8 +80,8 @@ def replacing_file(path):
 
 
 def write_text(path, text):
-    """Write a text file, whole or not at all."""
-    with replacing_file(path) as temporary:
+    """Write a text file atomically."""
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -104,7 +108,7 @@ class ModelConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    score_name: str = "score"        # ScoreModel: what the checkpoint calls the scalar head
+    score_name: str = "score"        # ScoreModel: the scalar head's name in the checkpoint
     score_bias: bool = False
     normalizer: str = ""             # ScoreModel: "", "affine" or "scale"
     qk_norm: bool = False            # RMSNorm on every head's query and key (qwen3)
@@ -425,7 +429,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.folder = config, None
+        self.config, self.folder = config, None  # folder: the checkpoint that the weights were loaded from
+        self.gate = None                         # of a mixture: lora_moe.Gate
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
@@ -439,9 +444,9 @@ class Transformer(nn.Module):
         """
         return self.model(tokens, positions, mask, cache)
 
-    def logits(self, hidden):
-        """hidden (..., D) -> logits (..., V)."""
-        logits = self.lm_head(hidden)
+    def logits(self, hidden, head=None):
+        """hidden (..., D) -> logits (..., V). head: a function to use in place of `lm_head`."""
+        logits = (head or self.lm_head)(hidden)
         if self.config.logit_softcap:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits
@@ -461,8 +466,7 @@ class Transformer(nn.Module):
     def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu"):
         """Load a folder in Hugging Face layout, or a hub id. Weights are read once, into their final place.
 
-        Raises UserError naming the file and the tensor when something is missing, unexpected,
-        wrongly shaped, cut short or of a kind that this file does not implement.
+        Raises UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
         """
         folder = find_folder(name_or_dir)
         with torch.device("meta"):
@@ -472,9 +476,9 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json, safetensors (in shards above 5 GB) and the tokenizer's files.
+        """Write config.json, safetensors (in shards above 5 GB) and the tokenizer's files, atomically.
 
-        The folder appears whole or not at all; `transformers` loads it.
+        `transformers` loads the folder.
         """
         write_checkpoint(self, folder)
 
@@ -483,8 +487,8 @@ class ScoreModel(nn.Module):
     """A reward or cost model: the trunk with a scalar head, read at the last token of a sequence.
 
     Reads and writes Hugging Face's `*ForSequenceClassification` (`score.weight`) and safe-rlhf's layout
-    (`score_head.weight`, `score_head.bias`), whose normaliser is applied when config.json says
-    `do_normalize`: 'affine' (reward) gives (s - mean) / std, 'scale' (cost) gives s / std.
+    (`score_head.weight`, `score_head.bias`). If config.json says `do_normalize`, scores are normalised as there:
+    'affine' (reward) gives (s - mean) / std, 'scale' (cost) gives s / std.
     """
 
     def __init__(self, config):
@@ -512,7 +516,7 @@ class ScoreModel(nn.Module):
 
     @classmethod
     def from_policy(cls, policy):
-        """A score model to be trained, on the trunk of a Transformer; its head is zero, so every score is."""
+        """A score model on the trunk of a Transformer. The head is zero-initialised, so all scores start at 0."""
         with torch.device("meta"):
             model = cls(policy.config)
         model.model, model.folder, weight = policy.model, policy.folder, policy.model.embed_tokens.weight
@@ -538,8 +542,8 @@ def sample(logits, temperature, top_p, uniform):
 def packed_linears(model, rows):
     """Inside this block, float32 linear layers on a CPU run from copies of their weights in oneDNN's own layout.
 
-    Decoding multiplies a few rows by every weight; from the plain layout that takes about twice as long. The
-    copies cost the weights' memory once more and live for this block only. Does nothing where oneDNN is absent.
+    Decoding multiplies a few rows by every weight; from the plain layout that takes about twice as long. The copies
+    take the weights' memory again, for this block only. Does nothing where oneDNN is absent.
     """
     packed = []
     for module in model.modules():
@@ -561,9 +565,8 @@ def packed_linears(model, rows):
 def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, eos_ids=(), seed=0):
     """Continue every prompt; returns the new tokens of each, the eos that ended it included.
 
-    prompts: list of N non-empty lists of token ids, of any lengths. Greedy output equals that of each prompt
-    alone. Sampled output depends on the seed, the prompt and how often the same prompt stood before it in
-    the list, not on what else is in the batch.
+    prompts: list of N non-empty lists of token ids, of any lengths. Greedy output equals that of each prompt alone.
+    Sampled output depends on the seed, the prompt and its number of earlier occurrences, not on the rest of the batch.
     """
     if not prompts:
         return []
@@ -572,8 +575,7 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, eos_ids
     if config.learned_positions and longest + max_new_tokens > config.max_positions:
         raise UserError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones are more than the "
                         f"{config.max_positions} positions that the model has")
-    weight = model.model.embed_tokens.weight
-    device = weight.device
+    weight, device = model.model.embed_tokens.weight, model.model.embed_tokens.weight.device
     pad = torch.tensor([longest - len(p) for p in prompts], device=device)   # (N,) padding on the left
     tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
     column = torch.arange(longest + max_new_tokens, device=device)
@@ -604,11 +606,8 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, eos_ids
                            cache)[:, -1]
     model.train(was_training)
 
-    stops, answers = set(eos_ids), []
-    for row in new.tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))
-        answers.append(row[:end])
-    return answers
+    ends = ([i + 1 for i, token in enumerate(row) if token in eos_ids] for row in new.tolist())
+    return [row[:end[0] if end else len(row)] for row, end in zip(new.tolist(), ends)]
 
 
 def _uniform_draws(prompts, count, seed):
@@ -634,18 +633,27 @@ def find_folder(name_or_dir):
         raise UserError(f"{name}: no such model folder")
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
     try:
-        found = Path(snapshot_download(name, allow_patterns=wanted))
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"]))
+        snapshot = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(snapshot.glob("*.safetensors")):
+            snapshot = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"]))
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"{name}: neither a folder here nor a model on the hub (a gated one needs HF_TOKEN)") from None
     except (HTTPError, OSError) as error:  # OSError: LocalEntryNotFoundError, when offline, is one
         raise UserError(f"{name}: not a folder here, and the hub did not answer ({first_line(error)})") from None
-    return find_folder(found)
+    return find_folder(snapshot)
 
 
-def files_key(path):
-    """A name for a file or the files of a folder by their names, sizes and times: to read gigabytes would take long."""
+def content_hash(paths, *settings):
+    """Hash of the bytes of these files and of the settings: 32 hex digits."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def files_hash(path):
+    """Hash of the names, sizes and times of a file or of a folder's files (hashing gigabytes of weights is slow)."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -676,10 +684,8 @@ def weight_files(folder):
                 raise UserError(f"{folder / index}: has no weight_map")
             names = sorted(set(weight_map.values()))
             for name in names:
-                if Path(name).name != name:
-                    raise UserError(f"{folder / index}: names a file outside the folder: {name}")
-                if not (folder / name).is_file():
-                    raise UserError(f"{folder / index}: names {name}, which is not there")
+                if Path(name).name != name or not (folder / name).is_file():
+                    raise UserError(f"{folder / index}: names {name}, which is not a file in this folder")
             return [folder / name for name in names]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
@@ -687,8 +693,10 @@ def weight_files(folder):
     raise UserError(f"{folder}: no model.safetensors (nor its index) and no pytorch_model.bin")
 
 
-def read_tensors(path, dtype):
-    """Yield (name, tensor) of one weight file, the tensors converted to dtype. Raises UserError naming the file."""
+def read_tensors(path, dtype=None):
+    """Yield (name, tensor) of one weight file, converted to dtype if given. Raises UserError naming the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         if path.suffix == ".safetensors":
             yield from read_safetensors(path, dtype)
@@ -698,7 +706,7 @@ def read_tensors(path, dtype):
                 stored = getattr(tensor, "dtype", type(tensor).__name__)
                 if stored not in STORED_DTYPES.values() and not is_derived(name):
                     raise UserError(f"{path}: {name} is stored as {stored}, which is not supported")
-                yield name, tensor.to(dtype)
+                yield name, tensor.to(dtype or tensor.dtype)
     except (SafetensorError, RuntimeError, OSError, EOFError, UnpicklingError, AttributeError) as error:
         raise UserError(f"{path}: broken, cut short or not plain tensors ({first_line(error)})") from None
 
@@ -706,11 +714,11 @@ def read_tensors(path, dtype):
 def read_safetensors(path, dtype):
     """Yield (name, tensor), read through a small buffer into memory of its own.
 
-    The library's own tensors are a map of the file: its pages would stay in memory beside every converted copy,
-    and the weights would change when somebody rewrites the file.
+    The library's tensors are a map of the file: its pages would stay in memory beside every converted copy, and the
+    weights would change when the file is rewritten.
     """
     with safe_open(path, framework="pt"):
-        pass  # the library checks the header: sizes, overlaps, the length of the file
+        pass  # checks the header: sizes, overlaps, the length of the file
     buffer = torch.empty(2 ** 22, dtype=torch.uint8)
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
@@ -720,9 +728,9 @@ def read_safetensors(path, dtype):
                 continue
             if entry["dtype"] not in STORED_DTYPES:
                 raise UserError(f"{path}: {name} is stored as {entry['dtype']}, which is not supported")
-            tensor = torch.empty(entry["shape"], dtype=dtype)
-            file.seek(start + entry["data_offsets"][0])
             stored = STORED_DTYPES[entry["dtype"]]
+            tensor = torch.empty(entry["shape"], dtype=dtype or stored)
+            file.seek(start + entry["data_offsets"][0])
             for piece in tensor.view(-1).split(len(buffer) // stored.itemsize):
                 part = buffer[:piece.numel() * stored.itemsize]
                 file.readinto(part.numpy())
@@ -771,9 +779,8 @@ def load_weights(model, folder, dtype, device):
     missing = set(layout)
     for path in weight_files(folder):
         for name, tensor in read_tensors(path, dtype):
-            if is_derived(name) or (config.tied and name == "lm_head.weight"):
-                continue
-            if name.startswith("normalizer.") and not config.normalizer:
+            if is_derived(name) or (config.tied and name == "lm_head.weight") or (
+                    name.startswith("normalizer.") and not config.normalizer):
                 continue
             stored = f"transformer.{name}" if f"transformer.{name}" in layout else name  # GPT-2's first files
             if stored not in layout:
@@ -798,8 +805,8 @@ def load_weights(model, folder, dtype, device):
 
 
 @contextmanager
-def replacing_folder(folder):
-    """Write a folder so that it is there whole or not at all: yields a temporary one, renamed at the end."""
+def atomic_folder(folder):
+    """Write a folder atomically: yields a temporary one, which is renamed to `folder` at the end."""
     folder = Path(folder)
     temporary, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
@@ -833,9 +840,9 @@ def write_checkpoint(model, folder):
         stem = FAMILIES[kind].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
         config |= {"architectures": [stem + "ForSequenceClassification"], "id2label": {"0": "LABEL_0"},
                    "label2id": {"LABEL_0": 0}}
-    config.pop("dtype", None)  # newer files say dtype, older ones torch_dtype; what reads the new reads the old
+    config.pop("dtype", None)  # newer files say dtype, older ones torch_dtype, which every reader knows
     config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    with replacing_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_torch_state_dict(tensors, temporary, max_shard_size=SHARD_SIZE)
         for name in TOKENIZER_FILES:
