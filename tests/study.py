@@ -1,4 +1,4 @@
-"""The tables of the README: train every row of a study with several seeds, then print mean ± standard error.
+"""The tables of results/README.md: train every row of a study with several seeds, then print mean ± standard error.
 
     python tests/study.py safedpo              about 25 minutes on two CPU cores; finished runs are kept
     python tests/study.py midpo --split dev    on the development split, where settings are chosen
@@ -19,10 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import FIGURES, mean_and_error, table  # noqa: E402
+from eval import TOY_COLUMNS, markdown_table, mean_and_error  # noqa: E402
 from model import read_json, write_text  # noqa: E402
 
-TOY_FIGURES = {key: heading for key, (heading, _, _) in FIGURES.items()}
 MIDPO = "--method midpo"
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
@@ -60,7 +59,7 @@ def uses(name, flags, *experts):
             for use in ("mixture", "sparse", *(f"expert for {preference}" for preference in experts))}
 
 
-# study -> row of the table -> (flags of train.py, where in the run folder its figures are: file, then keys)
+# study -> row of the table -> (flags of train.py, where in the run folder its metrics are: file, then keys)
 STUDIES = {
     "safedpo": {
         **{f"SafeDPO Δ = {delta}, LoRA": (f"--method safedpo --delta {delta} --lora_rank 16", "eval.json policy")
@@ -111,11 +110,11 @@ def run(command, threads):
     """Run it to its end, which must be a good one; returns what it cost."""
     with subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}) as process:
-        said = process.stdout.read()
+        output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{said[-2000:]}")
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{output[-2000:]}")
     return {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
 
 
@@ -137,52 +136,51 @@ def train(flags, seed, split):
     return out
 
 
-def figures(out, where, split):
-    """The figures of a finished run; the experts at fixed weights are evaluated now."""
+def metrics_of(out, where, split):
+    """The metrics of a finished run; experts merged at fixed weights are evaluated now."""
     file, *keys = where.split()
     if "static" in file and not (out / file).is_file():
         run([ROOT / "eval.py", out, "--static", file.removeprefix("eval-static-").removesuffix(".json"),
              "--split", split], os.cpu_count())
-    found = read_json(out / file)
+    metrics = read_json(out / file)
     for key in keys:
         if key.startswith("expert_for_"):
             preference = key.removeprefix("expert_for_")
-            key = max(filter(str.isdecimal, found), key=lambda k: found[k][preference])
-        found = found[key]
-    if "uses" in keys:  # what is known of the experts beside their answers: types found, pairs ordered rightly
+            key = max(filter(str.isdecimal, metrics), key=lambda k: metrics[k][preference])
+        metrics = metrics[key]
+    more = {}
+    if "uses" in keys:  # diagnostics of the experts: types recovered, pairs ordered rightly
         experts = read_json(out / "experts.json")
-        found["recovered"], found["recovered_se"] = experts.get("recovered", math.nan), 0
-        found["own"], found["own_se"] = min(map(max, experts["accuracy"].values())), 0
+        more.update(recovered=experts.get("recovered", math.nan), own=min(map(max, experts["accuracy"].values())))
     if "uses" in keys or "preferences" in keys:
         of_base = keys[0] == "base"
-        known = {"degenerate": read_json(out / file)["base" if of_base else "policy"]["degenerate"]}
+        more["degenerate"] = read_json(out / file)["base" if of_base else "policy"]["degenerate"]
         if not of_base:
             cost = read_json(out / "cost.json")
-            known.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
-        found |= {name: value for key, value in known.items() for name, value in ((key, value), (f"{key}_se", 0))}
-    return found
+            more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
+    return metrics | {name: value for key, value in more.items() for name, value in ((key, value), (f"{key}_se", 0))}
 
 
 def over_seeds(runs):
-    """Mean and standard error over seeds of every figure: [figures, …] -> figures."""
+    """Mean and standard error over seeds of every metric: [metrics, …] -> metrics."""
     keys = [key for key, value in runs[0].items() if f"{key}_se" in runs[0]]
-    means = {key: mean_and_error([figures[key] for figures in runs]) for key in keys}
+    means = {key: mean_and_error([metrics[key] for metrics in runs]) for key in keys}
     return {name: value for key in keys for name, value in zip((key, f"{key}_se"), means[key])}
 
 
 def filled(line, columns):
-    """A row with a figure for every column: those that it lacks are not a number, an empty cell."""
+    """A row with a value for every column: nan, an empty cell, for those that it lacks."""
     return {key: line.get(key, math.nan) for name in columns for key in (name, f"{name}_se")}
 
 
 def by_count(lines, key):
-    """One figure of the rows "2: PMoL", "3: PMoL", …, the number of preferences across: a Markdown table."""
+    """One metric of the rows "2: PMoL", "3: PMoL", …, the number of preferences across: a Markdown table."""
     rows = {}
     for name, line in lines.items():
         count, _, what = name.partition(": ")
         rows.setdefault(what, {}).update({count: line.get(key, math.nan), f"{count}_se": line.get(f"{key}_se")})
     columns = {str(count): str(count) for count in RATES}
-    return table({what: filled(row, columns) for what, row in rows.items()}, columns)
+    return markdown_table({what: filled(row, columns) for what, row in rows.items()}, columns)
 
 
 def router_table(reports, kinds=("harmful", "safe")):
@@ -193,7 +191,7 @@ def router_table(reports, kinds=("harmful", "safe")):
                                    for key, value in ((f"{kind} {i}", weight), (f"{kind} {i}_se", 0))}
                                   for report in reports])
     columns = {key: key for key in next(iter(rows.values())) if not key.endswith("_se")}
-    return table(rows, columns)
+    return markdown_table(rows, columns)
 
 
 def main():
@@ -214,24 +212,24 @@ def main():
     for name, (flags, where) in rows.items():
         file, who, *keys = where.split()
         shown = ["preferences"] if who == "uses" else keys
-        base = over_seeds([figures(runs[flags, seed], " ".join(["eval.json", "base", *shown]), args.split)
+        base = over_seeds([metrics_of(runs[flags, seed], " ".join(["eval.json", "base", *shown]), args.split)
                            for seed in seeds])
         lines.setdefault(name.partition(": ")[0] + ": base" if args.study == "pmol" else "base", base)
-        lines[name] = over_seeds([figures(runs[flags, seed], where, args.split) for seed in seeds])
+        lines[name] = over_seeds([metrics_of(runs[flags, seed], where, args.split) for seed in seeds])
     if args.study == "pmol":
         for key, heading in {"mixing": "Mixing score", "degenerate": "Degenerate answers",
                              "minutes": "CPU minutes of a run", "memory": "Peak memory of a run, GiB"}.items():
             print(f"{heading}, by the number of preferences\n\n{by_count(lines, key)}\n")
         return
-    columns = TOY_FIGURES
+    columns = TOY_COLUMNS
     if args.study.startswith("moe"):
         columns = {key: key for key in base if not key.endswith("_se") and key != "degenerate"}
         columns |= {"recovered": "types recovered"} if args.study == "moe" else {}  # three rewards, two experts: no types
         columns |= {"own": "own pairs right", "degenerate": "degenerate"}
-    print(table({name: filled(line, columns) for name, line in lines.items()}, columns))
+    print(markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns))
     if args.study == "midpo":
         print("\nRouter: expert 0 is safety, 1 helpfulness\n")
-        print(router_table([figures(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
+        print(router_table([metrics_of(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
 
 
 if __name__ == "__main__":
