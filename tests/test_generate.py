@@ -1,20 +1,13 @@
 """Generation: each row as if alone, sampling as its formula says, the same on every run."""
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_moe import add_experts, expert_layers, load_adapter, merge_experts
-from model import KVCache, Transformer, UserError, generate, packed_linears, sample
+from conftest import FAMILY_FIXTURES, FIXTURES, load_fixture
+from lora_moe import add_experts, load_adapter, merge_experts, perturb_experts
+from model import KVCache, UserError, generate, packed_linears, sample
 
-FIXTURES = Path(__file__).parent / "fixtures"
-MODELS = ("llama", "llama3", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3", "gemma", "gemma2", "gpt2")
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [33], [90, 4, 71, 22], [8, 8, 8, 30, 2, 61, 44]]
-
-
-def load(name):
-    return Transformer.from_pretrained(FIXTURES / name)
 
 
 @torch.no_grad()
@@ -26,29 +19,29 @@ def greedy_alone(model, prompt, count):
     return tokens[len(prompt):]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILY_FIXTURES)
 def test_greedy_continuations_equal_transformers(name):
     expected = load_file(FIXTURES / name / "expected.safetensors")
     prompts = [expected[f"prompt_{i}"].tolist() for i in range(2)]
-    assert generate(load(name), prompts, 12) == [expected[f"greedy_{i}"].tolist() for i in range(2)]
+    assert generate(load_fixture(name), prompts, 12) == [expected[f"greedy_{i}"].tolist() for i in range(2)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILY_FIXTURES)
 def test_each_row_of_a_ragged_batch_equals_its_prompt_alone(name):
-    model = load(name)
+    model = load_fixture(name)
     assert generate(model, PROMPTS, 10) == [greedy_alone(model, prompt, 10) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_rows_of_equal_length_equal_each_prompt_alone(name):
     """Without padding no mask is built, another way through attention."""
-    model, prompts = load(name), [PROMPTS[2], [3, 4, 5, 6], [60, 50, 40, 30]]
+    model, prompts = load_fixture(name), [PROMPTS[2], [3, 4, 5, 6], [60, 50, 40, 30]]
     assert generate(model, prompts, 10) == [greedy_alone(model, prompt, 10) for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral_window", "gemma2"])
 def test_cache_filled_in_pieces_gives_the_logits_of_one_pass(name):
-    model, tokens = load(name), torch.arange(3, 20)[None]
+    model, tokens = load_fixture(name), torch.arange(3, 20)[None]
     cache = KVCache(model.config, 1, 17, torch.float32, "cpu")
     with torch.no_grad():
         pieces = torch.cat([model(piece, cache=cache) for piece in tokens.split([6, 1, 3, 7], dim=1)], dim=1)
@@ -56,17 +49,14 @@ def test_cache_filled_in_pieces_gives_the_logits_of_one_pass(name):
 
 
 def test_generation_works_with_experts_and_equals_the_merged_model():
-    model = add_experts(load("qwen2"), "all-linear", rank=2, alpha=4)
-    generator = torch.Generator().manual_seed(0)
-    for _, layer in expert_layers(model):
-        layer.lora_B.data.normal_(0, 0.3, generator=generator)
+    model = perturb_experts(add_experts(load_fixture("qwen2"), "all-linear", rank=2, alpha=4), 0.3)
     adapted = generate(model, PROMPTS, 10)
     assert adapted == [greedy_alone(model, prompt, 10) for prompt in PROMPTS]
-    assert adapted == generate(merge_experts(model), PROMPTS, 10) != generate(load("qwen2"), PROMPTS, 10)
+    assert adapted == generate(merge_experts(model), PROMPTS, 10) != generate(load_fixture("qwen2"), PROMPTS, 10)
 
 
 def test_every_eos_id_ends_a_row_and_the_batch_stops_early():
-    model = load("llama")
+    model = load_fixture("llama")
     free = generate(model, PROMPTS, 12)
     eos = {free[0][3], free[1][5]}
     passes = []
@@ -80,12 +70,12 @@ def test_every_eos_id_ends_a_row_and_the_batch_stops_early():
 
 
 def test_no_prompts_and_no_new_tokens_are_fine():
-    assert generate(load("llama"), [], 5) == []
-    assert generate(load("llama"), PROMPTS, 0) == [[]] * 4
+    assert generate(load_fixture("llama"), [], 5) == []
+    assert generate(load_fixture("llama"), PROMPTS, 0) == [[]] * 4
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_batch():
-    model = load("llama")
+    model = load_fixture("llama")
     settings = dict(max_new_tokens=12, temperature=1.0, top_p=0.9)
     together = generate(model, PROMPTS, seed=3, **settings)
     assert together == generate(model, PROMPTS, seed=3, **settings)
@@ -116,7 +106,7 @@ def test_sample_follows_the_nucleus_distribution(temperature, top_p):
 
 
 def test_sampled_first_tokens_have_the_models_distribution():
-    model = load("llama")
+    model = load_fixture("llama")
     with torch.no_grad():
         chance = model.logits(model(torch.tensor([PROMPTS[2]]))[0, -1]).softmax(-1)
     tokens = torch.tensor(generate(model, [PROMPTS[2]] * 4000, 1, temperature=1.0)).flatten()
@@ -127,12 +117,12 @@ def test_sampled_first_tokens_have_the_models_distribution():
 
 def test_more_tokens_than_gpt2_has_positions_is_one_clear_line():
     with pytest.raises(UserError, match="12 tokens and 29 new ones are more than the 40 positions"):
-        generate(load("gpt2"), PROMPTS, 29)
-    assert len(generate(load("gpt2"), PROMPTS, 28)[0]) == 28
+        generate(load_fixture("gpt2"), PROMPTS, 29)
+    assert len(generate(load_fixture("gpt2"), PROMPTS, 28)[0]) == 28
 
 
 def test_packed_linears_change_no_result_and_leave_no_trace():
-    model, tokens = load_adapter(load("gpt2"), FIXTURES / "adapter_gpt2"), torch.tensor([PROMPTS[0]])
+    model, tokens = load_adapter(load_fixture("gpt2"), FIXTURES / "adapter_gpt2"), torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         plain = model(tokens)
         with packed_linears(model, rows=1):
@@ -142,7 +132,7 @@ def test_packed_linears_change_no_result_and_leave_no_trace():
 
 
 def test_generate_leaves_training_mode_as_it_was():
-    model = load("llama")
+    model = load_fixture("llama")
     generate(model.train(), PROMPTS, 2)
     assert model.training
     generate(model.eval(), PROMPTS, 2)

@@ -1,4 +1,4 @@
-"""eval.py --make_pairs: answers are sampled from the policy, scored, and the best stands against the worst."""
+"""eval.py --make_pairs: answers are sampled from a policy and scored; the best is paired with the worst."""
 import json
 from collections import Counter
 from pathlib import Path
@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 import eval as eval_file
-from data import read_comparisons
-from model import UserError
-from test_train import bases, line_of, place, rows, run  # noqa: F401
+from conftest import BASE, json_lines, line_of, mistake, rows, run, write_rows
+from data import Tokenizer, read_comparisons
+from model import UserError, read_json
 
-BASE = "out/toy-base-seed0"
 JUDGES = """
 def words(prompt, response):
     return len(response.split())
@@ -24,7 +23,7 @@ def same(prompt, response):
 
 
 @pytest.fixture
-def asked(place, monkeypatch):  # noqa: F811
+def asked(place, monkeypatch):
     """A folder with prompts and a module of judges."""
     Path("prompts.txt").write_text("How do I bake bread?\n\nTell me how to fix a lamp.\nHow do I bake bread?\n")
     Path("toy_judges.py").write_text(JUDGES)
@@ -33,17 +32,21 @@ def asked(place, monkeypatch):  # noqa: F811
 
 
 def make(*flags, prompts="prompts.txt", scorers="toy_judges:words,toy_judges:short", out="pairs.jsonl"):
-    eval_file.main(["--make_pairs", prompts, "--model", BASE, "--reward_model", scorers, "--out", out, "--device", "cpu",
-                    "--max_new_tokens", "24", "--temperature", "1", *flags])
-    return [json.loads(line) for line in Path(out).read_text().splitlines()]
+    eval_file.main(["--make_pairs", prompts, "--model", BASE, "--reward_model", scorers, "--out", out,
+                    "--device", "cpu", "--max_new_tokens", "24", "--temperature", "1", *flags])
+    return json_lines(out)
 
 
 def test_the_best_of_the_answers_stands_against_the_worst(asked, monkeypatch):
-    said, generate = [], eval_file.generate
-    monkeypatch.setattr(eval_file, "generate", lambda *a, **k: said.append(generate(*a, **k)) or said[-1])
-    pairs = make("--samples", "5")
-    tokenizer = eval_file.Tokenizer(BASE)
-    answers = [tokenizer.decode(ids).strip() for outputs in said for ids in outputs]
+    generated, generate = [], eval_file.generate
+
+    def recording(*arguments, **settings):
+        generated.extend(outputs := generate(*arguments, **settings))
+        return outputs
+
+    monkeypatch.setattr(eval_file, "generate", recording)
+    pairs, tokenizer = make("--samples", "5"), Tokenizer(BASE)
+    answers = [tokenizer.decode(ids).strip() for ids in generated]
     by_prompt = {"How do I bake bread?": answers[:5], "Tell me how to fix a lamp.": answers[5:]}  # each prompt once
     for judge, group in ((lambda text: len(text.split()), "words"), (lambda text: -len(text), "short")):
         for prompt, texts in by_prompt.items():
@@ -81,17 +84,16 @@ def test_prompts_may_be_rows_of_a_file(asked):
         '"How do I bake bread?"', '[{"role": "user", "content": "Teach me to learn chess."}]'}
 
 
-@pytest.mark.parametrize("change, said", (
+@pytest.mark.parametrize("change, part", (
     (dict(prompts="none.txt"), "none.txt: no such file"),
     (dict(scorers="no_such_module:words"), "no_such_module"),
     (dict(scorers="toy_judges:nothing"), "nothing"),
     (dict(scorers="no/such/model"), "no/such/model"),
     (dict(out="pairs.txt"), "--out FILE.jsonl"),
 ), ids=lambda value: str(value) if isinstance(value, dict) else "")
-def test_what_is_wrong_is_said_in_one_line(asked, change, said):
-    with pytest.raises(UserError) as caught:
-        make(**change)
-    assert said in str(caught.value) and "\n" not in str(caught.value) and not Path("pairs.jsonl").exists()
+def test_what_is_wrong_is_answered_with_one_line(asked, change, part):
+    assert part in line_of(make, **change)
+    assert not Path("pairs.jsonl").exists()
 
 
 def test_a_broken_row_of_prompts_is_named_by_its_line(asked):
@@ -100,12 +102,12 @@ def test_a_broken_row_of_prompts_is_named_by_its_line(asked):
         make(prompts="rows.jsonl")
 
 
-def test_several_sources_are_a_group_each(place):  # noqa: F811
+def test_several_sources_are_a_group_each(place):
     for name in ("kind", "brief"):
         Path(name).mkdir()
-        rows_of = [{"prompt": f"{name} {i}", "chosen": "First lift the zib.", "rejected": "Sure."} for i in range(4)]
-        Path(name, "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+        write_rows(f"{name}/pairs.jsonl", *({"prompt": f"{name} {i}", "chosen": "First lift the zib.",
+                                             "rejected": "Sure."} for i in range(4)))
     out = run("two", "--method", "pmol", "--model", BASE, "--data", "kind/pairs.jsonl,brief/pairs.jsonl", "--held_out",
               0, "--max_steps", 1, "--lora_rank", 2)
-    assert json.loads((out / "config.json").read_text())["groups"] == "brief/pairs.jsonl,kind/pairs.jsonl"
-    assert "nowhere.jsonl" in line_of("--data", "kind/pairs.jsonl,nowhere.jsonl")
+    assert [name for name, _ in read_json(out / "config.json")["groups"]] == ["brief/pairs.jsonl", "kind/pairs.jsonl"]
+    assert "nowhere.jsonl" in mistake("--data", "kind/pairs.jsonl,nowhere.jsonl")

@@ -12,60 +12,29 @@ from huggingface_hub import errors, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 import model as model_file
-from model import (FAMILIES, ModelConfig, ScoreModel, Transformer, UserError, find_folder, read_config, read_json,
-                   replacing_folder)
-
-FIXTURES = Path(__file__).parent / "fixtures"
-MODELS = ("llama", "llama3", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3", "gemma", "gemma2", "gpt2")
-
-
-@torch.no_grad()
-def logits_of(model, tokens):
-    return model.logits(model(tokens))
-
-
-def relative_error(got, want):
-    return float((got - want).norm() / want.norm())
+from conftest import (FAMILY_FIXTURES, FIXTURES, edit_json, edit_tensors, line_of, load_fixture, logits_of,
+                      relative_error)
+from model import FAMILIES, ModelConfig, ScoreModel, Transformer, atomic_folder, find_folder, read_config, read_json
 
 
 def copy_of(name, tmp_path):
     return Path(shutil.copytree(FIXTURES / name, tmp_path / name, ignore=shutil.ignore_patterns("expected*")))
 
 
-def edit_config(folder, **changes):
-    config = {**read_json(folder / "config.json"), **changes}
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
-
-
-def edit_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def line_of(call, *args):
-    """The message of the UserError that a call raises; it is one line."""
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    message = str(caught.value)
-    assert message and "\n" not in message
-    return message
-
-
 # The numbers
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILY_FIXTURES)
 def test_logits_equal_transformers(name):
     expected = load_file(FIXTURES / name / "expected.safetensors")
-    logits = logits_of(Transformer.from_pretrained(FIXTURES / name), expected["tokens"])
+    logits = logits_of(load_fixture(name), expected["tokens"])
     assert relative_error(logits, expected["logits"]) < 2e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILY_FIXTURES)
 def test_explicit_mask_and_positions_give_the_same_logits(name):
     expected = load_file(FIXTURES / name / "expected.safetensors")
-    model = Transformer.from_pretrained(FIXTURES / name)
+    model = load_fixture(name)
     B, T = expected["tokens"].shape
     mask = torch.ones(B, T, T, dtype=torch.bool).tril()
     with torch.no_grad():
@@ -73,11 +42,11 @@ def test_explicit_mask_and_positions_give_the_same_logits(name):
     assert relative_error(logits, expected["logits"]) < 2e-5
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILY_FIXTURES)
 def test_every_weight_matters_to_the_logits(name):
     """Else a wrong weight could hide behind the fixture."""
     expected = load_file(FIXTURES / name / "expected.safetensors")
-    model = Transformer.from_pretrained(FIXTURES / name)
+    model = load_fixture(name)
     generator = torch.Generator().manual_seed(0)
     for key, weight in model.named_parameters():
         before = weight.detach().clone()
@@ -90,7 +59,7 @@ def test_every_weight_matters_to_the_logits(name):
             weight.copy_(before)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
+@pytest.mark.parametrize("name", [name for name in FAMILY_FIXTURES if name != "gpt2"])
 def test_older_spelling_of_rope_gives_the_same_logits(name, tmp_path):
     folder = copy_of(name, tmp_path)
     config = read_json(folder / "config.json")
@@ -158,7 +127,8 @@ def beaver_folder(tmp_path, **config):
                 "normalizer.var": torch.tensor([6.25]), "normalizer.count": torch.tensor([17]),
                 "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
     save_file(tensors, folder / "model.safetensors")
-    edit_config(folder, architectures=["LlamaForScore"], score_dim=1, bias=True, dtype="float32", **config)
+    edit_json(folder / "config.json", architectures=["LlamaForScore"], score_dim=1, bias=True, dtype="float32",
+              **config)
     return folder
 
 
@@ -197,10 +167,10 @@ def test_safe_rlhf_shards_in_pytorch_format_load(tmp_path):
 # Saving
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILY_FIXTURES)
 def test_saved_checkpoint_has_the_original_tensors_and_logits(name, tmp_path):
     expected = load_file(FIXTURES / name / "expected.safetensors")
-    model = Transformer.from_pretrained(FIXTURES / name)
+    model = load_fixture(name)
     model.save_pretrained(tmp_path / "saved")
     stored, saved = (load_file(folder / "model.safetensors") for folder in (FIXTURES / name, tmp_path / "saved"))
     assert stored.keys() == saved.keys()
@@ -223,7 +193,7 @@ def test_saved_folder_keeps_the_tokenizer_files(tmp_path):
 
 def test_big_checkpoints_are_saved_in_shards_that_load(tmp_path, monkeypatch):
     monkeypatch.setattr(model_file, "SHARD_SIZE", "20KB")
-    model = Transformer.from_pretrained(FIXTURES / "gpt2")
+    model = load_fixture("gpt2")
     model.save_pretrained(tmp_path / "saved")
     assert len(list((tmp_path / "saved").glob("model-*-of-*.safetensors"))) > 2
     again = Transformer.from_pretrained(tmp_path / "saved")
@@ -234,11 +204,11 @@ def test_a_failed_write_leaves_the_old_folder_alone(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "kept").write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing_folder(folder) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as partial:
         (partial / "kept").write_text("new")
         raise KeyboardInterrupt
     assert (folder / "kept").read_text() == "old" and os.listdir(tmp_path) == ["out"]
-    with replacing_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         (partial / "other").write_text("new")
     assert os.listdir(folder) == ["other"] and os.listdir(tmp_path) == ["out"]
 
@@ -252,9 +222,9 @@ def test_a_rename_that_fails_loses_nothing(tmp_path, monkeypatch):
         if path.name == "out.partial":
             raise OSError("disk gone")
         return rename(path, target)
-    with monkeypatch.context() as patched, pytest.raises(OSError), replacing_folder(tmp_path / "out"):
+    with monkeypatch.context() as patched, pytest.raises(OSError), atomic_folder(tmp_path / "out"):
         patched.setattr(Path, "rename", refuse_the_new_one)
-    with replacing_folder(tmp_path / "out") as partial:
+    with atomic_folder(tmp_path / "out") as partial:
         assert (tmp_path / "out" / "kept").read_text() == "old"
         (partial / "kept").write_text("new")
     assert (tmp_path / "out" / "kept").read_text() == "new"
@@ -263,7 +233,7 @@ def test_a_rename_that_fails_loses_nothing(tmp_path, monkeypatch):
 def test_a_folder_lost_between_two_renames_comes_back(tmp_path):
     (tmp_path / "out.old").mkdir()
     (tmp_path / "out.old" / "kept").write_text("old")
-    with pytest.raises(ValueError), replacing_folder(tmp_path / "out"):
+    with pytest.raises(ValueError), atomic_folder(tmp_path / "out"):
         raise ValueError
     assert (tmp_path / "out" / "kept").read_text() == "old"
 
@@ -277,7 +247,7 @@ def test_sharded_safetensors_load(tmp_path):
     (folder / "model.safetensors").unlink()
     save_torch_state_dict(tensors, folder, max_shard_size="9KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    whole, sharded = Transformer.from_pretrained(FIXTURES / "qwen2"), Transformer.from_pretrained(folder)
+    whole, sharded = load_fixture("qwen2"), Transformer.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), sharded.state_dict().values()))
 
 
@@ -288,7 +258,7 @@ def test_pytorch_model_bin_loads(new_format, tmp_path):
     (folder / "model.safetensors").unlink()
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)  # a mask that old files hold
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
-    whole, loaded = Transformer.from_pretrained(FIXTURES / "gpt2"), Transformer.from_pretrained(folder)
+    whole, loaded = load_fixture("gpt2"), Transformer.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), loaded.state_dict().values()))
 
 
@@ -297,7 +267,7 @@ def test_gpt2_checkpoint_of_the_bare_trunk_loads(tmp_path):
     folder = copy_of("gpt2", tmp_path)
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
-    whole, loaded = Transformer.from_pretrained(FIXTURES / "gpt2"), Transformer.from_pretrained(folder)
+    whole, loaded = load_fixture("gpt2"), Transformer.from_pretrained(folder)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), loaded.state_dict().values()))
 
 
@@ -322,7 +292,7 @@ def test_all_eos_ids_of_generation_config_are_read(tmp_path):
      "model.safetensors: model.norm.weight is stored as I8, which is not supported")])
 def test_a_tensor_that_does_not_fit_is_named(change, says, tmp_path):
     folder = copy_of("llama", tmp_path)
-    edit_tensors(folder, change)
+    edit_tensors(folder / "model.safetensors", change)
     message = line_of(Transformer.from_pretrained, folder)
     assert says in message and str(folder) in message
 
@@ -337,7 +307,7 @@ def test_a_tensor_that_does_not_fit_is_named(change, says, tmp_path):
     (dict(hidden_size="absent"), "'hidden_size' is missing")])
 def test_a_config_that_we_cannot_run_is_refused(changes, says, tmp_path):
     folder = copy_of("llama", tmp_path)
-    edit_config(folder, **changes)
+    edit_json(folder / "config.json", **changes)
     message = line_of(Transformer.from_pretrained, folder)
     assert says in message and str(folder / "config.json") in message
 
@@ -372,9 +342,9 @@ def test_a_truncated_file_is_named(file, kept, tmp_path):
 
 
 @pytest.mark.parametrize("index, says", [
-    ({"weight_map": {"a": "../secret.safetensors"}}, "names a file outside the folder: ../secret.safetensors"),
-    ({"weight_map": {"a": "/etc/passwd"}}, "names a file outside the folder: /etc/passwd"),
-    ({"weight_map": {"a": "model-1.safetensors"}}, "names model-1.safetensors, which is not there"),
+    ({"weight_map": {"a": "../secret.safetensors"}}, "names ../secret.safetensors, which is not a file in this folder"),
+    ({"weight_map": {"a": "/etc/passwd"}}, "names /etc/passwd, which is not a file in this folder"),
+    ({"weight_map": {"a": "model-1.safetensors"}}, "names model-1.safetensors, which is not a file in this folder"),
     ({}, "has no weight_map"), ([], "not a JSON object")])
 def test_an_index_that_leads_nowhere_is_refused(index, says, tmp_path):
     folder = copy_of("llama", tmp_path)
@@ -509,4 +479,4 @@ def test_loading_needs_little_more_memory_than_the_weights(stored, dtype, tmp_pa
 
 
 def test_the_list_of_families_is_the_one_that_fixtures_cover():
-    assert set(FAMILIES) == {read_json(FIXTURES / name / "config.json")["model_type"] for name in MODELS}
+    assert set(FAMILIES) == {read_json(FIXTURES / name / "config.json")["model_type"] for name in FAMILY_FIXTURES}

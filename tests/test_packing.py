@@ -1,4 +1,4 @@
-"""Packing is exact bookkeeping, and views order comparisons as the papers say: both against brute force."""
+"""Packing is exact bookkeeping: every token, position, mask and target of a batch against brute force."""
 import itertools
 import random
 
@@ -6,28 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import Comparison, Encoded, Pair, apply_view, encode, encode_pairs, first_fit, pack
-from data import make_toy_tokenizer
-from model import UserError
+from conftest import encoded_of, pieces
+from data import Pair, encode, encode_pairs, first_fit, pack
+from toy import make_tokenizer
 
 ITEMS = [(3, 5, 2), (1, 4, 6), (1, 1, 1), (7, 0, 3), (2, 3, 0), (9, 8, 7), (5, 0, 0), (4, 1, 12)]
-
-
-def encoded_of(items, seed=0):
-    """Encoded with tokens that are all different, so that a token says where it came from."""
-    bounds, position = [], 0
-    for item in items:
-        bounds.append([position + n for n in itertools.accumulate(item, initial=0)])
-        position = bounds[-1][-1]
-    tokens = np.random.default_rng(seed).permutation(position).astype(np.int32) + 1
-    labels = {"chosen_unsafe": np.arange(len(items), dtype=np.float32)}
-    return Encoded(tokens, np.array(bounds, dtype=np.int64), labels)
-
-
-def pieces(encoded, index):
-    """[prompt, response, …] of one prompt, as lists of tokens."""
-    bounds = encoded.bounds[index].tolist()
-    return [encoded.tokens[a:b].tolist() for a, b in zip(bounds, bounds[1:])]
 
 
 CASES = {"pairs": (ITEMS, list(range(8))), "shuffled and repeated": (ITEMS, [5, 2, 2, 7, 0]),
@@ -38,7 +21,8 @@ CASES = {"pairs": (ITEMS, list(range(8))), "shuffled and repeated": (ITEMS, [5, 
 @pytest.fixture(params=CASES, name="packed")
 def packed_case(request):
     items, indices = CASES[request.param]
-    encoded = encoded_of(items)
+    encoded = encoded_of(items, distinct=True)
+    encoded.labels["chosen_unsafe"] = np.arange(len(items), dtype=np.float32)
     return encoded, indices, pack(encoded, indices)
 
 
@@ -165,7 +149,7 @@ def test_first_fit_fills_rows_that_fit_exactly():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    return make_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def test_encode_keeps_texts_apart_and_ends_responses_with_eos(tokenizer):
@@ -208,88 +192,3 @@ def test_encode_pairs_puts_the_chosen_response_first_with_its_labels(tokenizer):
     assert encoded.labels["rejected_unsafe"].tolist() == [1, 0]
     alone = encode_pairs(tokenizer, pairs, 100, responses=1)
     assert [pieces(alone, i) for i in range(2)] == [pieces(encoded, i)[:2] for i in range(2)]
-
-
-# Views
-
-
-TRUTH = list(itertools.product((0, 1), (0, 1), (False, True), (False, True)))  # better, safer, unsafe 0, unsafe 1
-
-
-def make(better, safer, *unsafe):
-    return Comparison("Ask.", ("response 0", "response 1"), better, safer, unsafe, "group")
-
-
-def expected_choice(view, better, safer, unsafe):
-    """Which response is chosen, or None where the pair is dropped: the definitions of the papers."""
-    worse, less_safe = 1 - better, 1 - safer
-    if view == "helpful":
-        return better
-    if view == "harmless":
-        return safer
-    if view == "safe-better":
-        return None if unsafe[better] else better
-    if view == "safedpo":  # h_w = 0 keep; h_w = 1, h_l = 0 swap; both 1 drop
-        return {(False, False): better, (False, True): better, (True, False): worse,
-                (True, True): None}[unsafe[better], unsafe[worse]]
-    if view == "safety":
-        return safer if unsafe[safer] != unsafe[less_safe] else None
-    if view == "dual":
-        return better if not unsafe[0] and not unsafe[1] and better == safer else None
-
-
-@pytest.mark.parametrize("view", ("helpful", "harmless", "safe-better", "safedpo", "safety", "dual"))
-@pytest.mark.parametrize("better, safer, first, second", TRUTH)
-def test_view_on_the_full_truth_table(view, better, safer, first, second):
-    choice = expected_choice(view, better, safer, (first, second))
-    comparison = make(better, safer, first, second)
-    if choice is None:
-        with pytest.raises(UserError, match="no pairs are left"):
-            apply_view(view, [comparison])
-        return
-    pairs, _ = apply_view(view, [comparison])
-    unsafe = (first, second)
-    assert pairs == [Pair("Ask.", f"response {choice}", f"response {1 - choice}", unsafe[choice], unsafe[1 - choice],
-                          "group")]
-
-
-def test_safedpo_transform_never_chooses_an_unsafe_response():
-    pairs, _ = apply_view("safedpo", [make(*row) for row in TRUTH])
-    assert len(pairs) == 12 and not any(pair.chosen_unsafe for pair in pairs)
-
-
-def test_view_keeps_the_order_of_comparisons_and_says_what_became_of_them():
-    comparisons = [make(0, 0, False, True), make(0, 1, True, True), make(1, 0, False, True), make(1, 1, False, False)]
-    for i, comparison in enumerate(comparisons):
-        comparison.prompt = f"prompt {i}"
-    pairs, line = apply_view("safedpo", comparisons)
-    assert [pair.prompt for pair in pairs] == ["prompt 0", "prompt 2", "prompt 3"]
-    assert "safedpo" in line and "4 comparisons" in line
-    assert "2 kept" in line and "1 swapped" in line and "1 dropped (both unsafe)" in line and "\n" not in line
-
-
-def test_identical_responses_are_dropped():
-    same = Comparison("Ask.", ("same", "same"), 0, 0, (False, False))
-    pairs, line = apply_view("helpful", [same, make(0, 0, False, False)])
-    assert len(pairs) == 1 and "1 dropped (identical responses)" in line
-    with pytest.raises(UserError, match="no pairs are left"):
-        apply_view("helpful", [same])
-
-
-def test_views_of_nothing_say_that_no_pairs_are_left():
-    for view in ("helpful", "safedpo"):
-        with pytest.raises(UserError, match="no pairs are left"):
-            apply_view(view, [])
-
-
-@pytest.mark.parametrize("view", ("harmless", "safe-better", "safedpo", "safety", "dual"))
-def test_views_that_need_safety_labels_say_so(view):
-    unlabelled = Comparison("Ask.", ("response 0", "response 1"), 0)
-    with pytest.raises(UserError, match="no safety labels") as caught:
-        apply_view(view, [make(0, 0, False, False), unlabelled])
-    assert view in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_helpful_view_needs_no_safety_labels():
-    pairs, _ = apply_view("helpful", [Comparison("Ask.", ("response 0", "response 1"), 1)])
-    assert pairs == [Pair("Ask.", "response 1", "response 0")]

@@ -1,6 +1,5 @@
 """Claims about tokenizers and prompt formats: special tokens, chat templates in a sandbox, truncation."""
 import json
-import re
 import shutil
 from datetime import datetime
 
@@ -8,6 +7,7 @@ import pytest
 import tokenizers
 
 import data
+from conftest import pieces
 from data import Pair, Tokenizer, encode_pairs
 from model import UserError
 
@@ -50,7 +50,7 @@ def make(letters, tmp_path):
     return make
 
 
-# --------------------------------------------------------------------------------------- special tokens, files
+# Special tokens, files
 
 
 def test_a_folder_without_tokenizer_json_says_how_to_get_one(tmp_path):
@@ -74,7 +74,7 @@ def test_special_tokens_come_from_special_tokens_map_or_config_json_where_tokeni
     assert Tokenizer(tmp_path).eos == "</s>"
 
 
-# ------------------------------------------------------------------------------------------- chat templates
+# Chat templates
 
 
 def test_chat_template_as_string_as_named_list_and_as_file_are_the_same(make):
@@ -154,7 +154,7 @@ def test_named_templates_write_a_bos_only_where_the_model_is_used_to_one(make):
     assert make("plain", add_bos_token=True).render("x") == make("plain").render("x") == "<s>x\n"
 
 
-# ------------------------------------------------------------------------------------------ named templates
+# Named templates
 
 
 @pytest.mark.parametrize("template, one, three", [
@@ -178,12 +178,11 @@ def test_without_a_chat_template_the_error_names_the_others(make):
 def test_responses_start_as_the_template_wants_and_end_in_eos(make, template, answer):
     tokenizer = make(template)
     encoded = encode_pairs(tokenizer, [Pair("how", "fine", "no")], max_len=99)
-    prompt, chosen, rejected = (encoded.tokens[a:b].tolist() for a, b in zip(encoded.bounds[0], encoded.bounds[0, 1:]))
-    text = [tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in (prompt, chosen, rejected)]
+    text = [tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in pieces(encoded, 0)]
     assert text == [tokenizer.render("how"), answer, answer.replace("fine", "no")]
 
 
-# ----------------------------------------------------------------------------------------------- truncation
+# Truncation
 
 SHORT = "{{ bos_token }}[{% for m in messages %}{{ m.content }}{% endfor %}]:"  # 2 tokens before the prompt, 2 after
 
@@ -193,8 +192,8 @@ def cut(make, prompt, chosen, rejected, max_len, template=SHORT):
     tokenizer = make(chat_template=template)
     encoded = encode_pairs(tokenizer, [Pair(prompt, chosen, rejected)], max_len)
     assert (encoded.bounds[0, 1] + encoded.bounds[0, 2:] - encoded.bounds[0, 1:-1]).max() <= max_len
-    pieces = [encoded.tokens[a:b].tolist() for a, b in zip(encoded.bounds[0], encoded.bounds[0, 1:])]
-    return [tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in pieces], dict(encoded.cut)
+    texts = [tokenizer.backend.decode(ids, skip_special_tokens=False) for ids in pieces(encoded, 0)]
+    return texts, dict(encoded.cut)
 
 
 def test_what_fits_exactly_is_left_alone(make):
@@ -231,4 +230,3 @@ def test_many_rows_are_tokenised_as_one_is(make, monkeypatch):
 def test_decode_leaves_special_tokens_out(make):
     tokenizer = make("plain")
     assert tokenizer.decode(tokenizer.encode(["<s>fine</s>"])[0]) == "fine"
-    assert re.fullmatch("[0-9a-f]{32}", tokenizer.key()) and tokenizer.key() != make("hh").key()
