@@ -1,19 +1,16 @@
-"""Claims about real preference data: every layout, views, splits, label noise, bad rows, scores and the token cache."""
+"""Preference data from files and the hub: every layout, splits, label noise, bad rows, and runs on it."""
 import json
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
-import data
-import eval
 import train
-from data import Comparison, apply_view, flip_labels, load_comparisons, read_comparisons, source_files
-from model import ModelConfig, ScoreModel, Transformer, UserError
+from conftest import BASE, LAYOUTS, line_of, rows, run, write_rows
+from data import Comparison, flip_labels, load_comparisons, read_comparisons, source_files
+from model import UserError
 
-LAYOUTS = Path(__file__).parent / "layouts"
 REPOS = {"PKU-Alignment/PKU-SafeRLHF": "saferlhf", "PKU-Alignment/PKU-SafeRLHF-30K": "saferlhf-30k",
          "Anthropic/hh-rlhf": "hh", "openbmb/UltraFeedback": "ultrafeedback"}
 ROW = {"prompt": "p", "response_0": "a", "response_1": "b", "is_response_0_safe": True, "is_response_1_safe": False,
@@ -43,12 +40,7 @@ def load(source, **options):
     return load_comparisons(*source_files(source), **options)
 
 
-def write(path, *rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-# ------------------------------------------------------------------------------------------------- layouts
+# Layouts
 
 
 def test_saferlhf_reads_its_three_folders_and_both_labels(hub):
@@ -92,7 +84,7 @@ def test_hh_prompt_is_the_dialogue_up_to_the_last_answer(hub):
 
 def test_a_hh_turn_that_no_question_stands_before_is_dropped(tmp_path):
     start, end = "\n\nHuman: a\n\nAssistant: b", "\n\nAssistant: c"
-    file = write(tmp_path / "rows.jsonl", *({"chosen": turns + end, "rejected": turns + end + "d"} for turns in
+    file = write_rows(tmp_path / "rows.jsonl", *({"chosen": turns + end, "rejected": turns + end + "d"} for turns in
                                             (start, start + "\n\nHuman: ", start + "\n\nHuman: e")))
     counts = Counter()
     assert [c.prompt for c in read_comparisons([file], counts)] == [start + "\n\nHuman: e"]
@@ -120,8 +112,8 @@ def test_pairs_carry_messages_flags_group_and_scores():
                                            ((False, False), 0)])
 def test_in_pairs_the_safer_response_is_the_safe_one_or_else_the_chosen_one(tmp_path, unsafe, safer):
     row = {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_unsafe": unsafe[0], "rejected_unsafe": unsafe[1]}
-    (found,) = read_comparisons([write(tmp_path / "rows.jsonl", row)], Counter())
-    assert (found.unsafe, found.safer) == (unsafe, safer)
+    (comparison,) = read_comparisons([write_rows(tmp_path / "rows.jsonl", row)], Counter())
+    assert (comparison.unsafe, comparison.safer) == (unsafe, safer)
 
 
 def test_bom_crlf_and_blank_lines_are_read(tmp_path):
@@ -148,79 +140,7 @@ def test_an_offline_hub_and_an_unknown_source_are_one_line(monkeypatch):
         train.parse_flags(["--data", "hh-rlfh"])
 
 
-# -------------------------------------------------------------------------------------------------- views
-
-# (better, safer, response 0 unsafe, response 1 unsafe) -> what is chosen in each view, by hand; - is dropped
-TRUTH = """
-b s u0 u1  helpful harmless safe-better safedpo safety dual cost
-0 0  0  0  0       0        0           0       -      0    0
-0 1  0  0  0       1        0           0       -      -    1
-1 0  0  0  1       0        1           1       -      -    0
-1 1  0  0  1       1        1           1       -      1    1
-0 0  0  1  0       0        0           0       0      -    0
-0 1  0  1  0       1        0           0       1      -    1
-1 0  0  1  1       0        -           0       0      -    0
-1 1  0  1  1       1        -           0       1      -    1
-0 0  1  0  0       0        -           1       0      -    0
-0 1  1  0  0       1        -           1       1      -    1
-1 0  1  0  1       0        1           1       0      -    0
-1 1  1  0  1       1        1           1       1      -    1
-0 0  1  1  0       0        -           -       -      -    0
-0 1  1  1  0       1        -           -       -      -    1
-1 0  1  1  1       0        -           -       -      -    0
-1 1  1  1  1       1        -           -       -      -    1
-"""
-
-
-def test_views_on_the_whole_truth_table():
-    header, *rows = (line.split() for line in TRUTH.strip().splitlines())
-    assert len({tuple(row[:4]) for row in rows}) == 16 and header[4:] == list(data.VIEWS)
-    for row in rows:
-        better, safer, *unsafe = map(int, row[:4])
-        for view, chosen in zip(header[4:], row[4:]):
-            outcome, pair = data.VIEWS[view](Comparison("p", ("zero", "one"), better, safer, tuple(map(bool, unsafe))))
-            assert (pair and pair.chosen) == {"0": "zero", "1": "one", "-": None}[chosen], (row[:4], view)
-            if pair:
-                flags = dict(zip(("zero", "one"), map(bool, unsafe)))
-                assert (pair.chosen_unsafe, pair.rejected_unsafe) == (flags[pair.chosen], flags[pair.rejected])
-                assert outcome == ("swapped" if view == "safedpo" and int(chosen) != better else "kept")
-            else:
-                assert outcome.startswith("dropped (")
-
-
-def test_identical_and_empty_responses_are_dropped_and_counted():
-    some = [Comparison("p", responses, 0) for responses in (("a", "b"), ("a", " a\n"), ("a", " "), ("", "b"))]
-    pairs, line = apply_view("helpful", some)
-    assert [(p.chosen, p.rejected) for p in pairs] == [("a", "b")]
-    assert "1 kept, 1 dropped (identical responses), 2 dropped (an empty response)" in line
-
-
-def test_a_view_that_leaves_nothing_says_so():
-    with pytest.raises(UserError, match=r"1 dropped \(both unsafe\): no pairs are left to train on"):
-        apply_view("safedpo", [Comparison("p", ("a", "b"), 0, 0, (True, True))])
-
-
-def test_harmless_needs_no_flags_and_the_other_safety_views_do():
-    some = [Comparison("p", ("a", "b"), 0, safer=1)]
-    assert apply_view("harmless", some)[0][0].chosen == "b"
-    for view in ("safe-better", "safedpo", "safety", "dual"):
-        with pytest.raises(UserError, match="carry no safety labels"):
-            apply_view(view, some)
-
-
-def test_margin_is_the_reward_difference_or_minus_the_cost_difference_and_never_negative():
-    def margin(view, better, safer):
-        scores = {"reward": (1.0, 3.5), "cost": (-2.0, 4.0)}
-        some = Comparison("p", ("a", "b"), better, safer, (False, True), scores=scores)
-        return apply_view(view, [some])[0][0].margin
-
-    assert margin("helpful", 1, 0) == 2.5 and margin("helpful", 0, 0) == 0.0
-    assert margin("safety", 0, 0) == 6.0 and margin("safety", 0, 1) == 0.0
-    _, line = apply_view("helpful", [Comparison("p", ("a", "b"), i, scores={"reward": (1.0, 3.0)}) for i in (0, 1)])
-    assert line.endswith("margin 0 in 50.0% of the pairs")
-
-
-# ------------------------------------------------------------------------------------- splits and label noise
+# Splits and label noise
 
 
 def prompts(comparisons):
@@ -235,7 +155,7 @@ def test_no_training_prompt_is_in_the_test_split(hub):
 
 def many(tmp_path, order=1):
     rows = [{**ROW, "prompt": f"question {i // 2}"} for i in range(2000)][::order]
-    return load(str(write(tmp_path / "rows.jsonl", *rows)), seed=3, held_out=0.1)
+    return load(str(write_rows(tmp_path / "rows.jsonl", *rows)), seed=3, held_out=0.1)
 
 
 def test_a_fraction_of_the_prompts_is_held_out_whatever_their_order(tmp_path):
@@ -247,27 +167,27 @@ def test_a_fraction_of_the_prompts_is_held_out_whatever_their_order(tmp_path):
 
 
 def test_label_noise_flips_the_share_asked_for_and_leaves_labels_that_agree():
-    some = [Comparison("p", ("a", "b"), 0, 0, (False, True)) for _ in range(4000)]
-    line = flip_labels(some, 0.2, 0.1, seed=0)
-    flags = sum((c.unsafe[0] is True) + (c.unsafe[1] is False) for c in some)
-    better = sum(c.better for c in some)
+    comparisons = [Comparison("p", ("a", "b"), 0, 0, (False, True)) for _ in range(4000)]
+    line = flip_labels(comparisons, 0.2, 0.1, seed=0)
+    flags = sum((c.unsafe[0] is True) + (c.unsafe[1] is False) for c in comparisons)
+    better = sum(c.better for c in comparisons)
     assert line == f"label noise: {flags} safety flags and {better} preferences flipped"
     assert abs(flags / 8000 - 0.2) < 0.02 and abs(better / 4000 - 0.1) < 0.02
-    assert all(c.safer == c.unsafe.index(False) for c in some if c.unsafe[0] != c.unsafe[1])
+    assert all(c.safer == c.unsafe.index(False) for c in comparisons if c.unsafe[0] != c.unsafe[1])
 
 
 def test_label_noise_repeats_with_its_seed_and_needs_labels():
     def flipped(seed):
-        some = [Comparison("p", ("a", "b"), 0, 0, (False, True)) for _ in range(100)]
-        flip_labels(some, 0.3, 0.3, seed)
-        return some
+        comparisons = [Comparison("p", ("a", "b"), 0, 0, (False, True)) for _ in range(100)]
+        flip_labels(comparisons, 0.3, 0.3, seed)
+        return comparisons
 
     assert flipped(1) == flipped(1) != flipped(2)
     with pytest.raises(UserError, match="--flip_safety: these comparisons carry no safety labels"):
         flip_labels([Comparison("p", ("a", "b"), 0)], 0.2, 0.0, seed=0)
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# Bad input
 
 BAD = {
     '{"prompt": "p"': "not JSON",
@@ -294,7 +214,7 @@ BAD = {
 
 @pytest.mark.parametrize("line", BAD, ids=list(BAD.values()))
 def test_a_bad_row_is_named_by_file_and_line_or_skipped_and_counted(tmp_path, line):
-    file = write(tmp_path / "rows.jsonl", ROW, line, ROW)
+    file = write_rows(tmp_path / "rows.jsonl", ROW, line, ROW)
     with pytest.raises(UserError) as error:
         read_comparisons([file], Counter())
     assert str(error.value).startswith(f"{file}:2: ") and BAD[line] in str(error.value)
@@ -311,20 +231,21 @@ def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path):
 
 
 def test_an_unknown_layout_lists_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match=r"rows.jsonl:1: fields question, answer fit no known layout \(prompt, resp"):
-        load(str(write(tmp_path / "rows.jsonl", {"question": "q", "answer": "a"})))
+    message = line_of(load, str(write_rows(tmp_path / "rows.jsonl", {"question": "q", "answer": "a"})))
+    assert "rows.jsonl:1: fields question, answer fit no known layout (" in message
+    assert "prompt, response_0, response_1" in message and "instruction, completions" in message
 
 
 def test_a_hh_dialogue_without_turns_is_a_bad_row(tmp_path):
     with pytest.raises(UserError, match="rows.jsonl:1: a dialogue must start with"):
-        load(str(write(tmp_path / "rows.jsonl", {"chosen": "yes", "rejected": "no"})))
+        load(str(write_rows(tmp_path / "rows.jsonl", {"chosen": "yes", "rejected": "no"})))
 
 
 def test_no_rows_and_only_bad_rows_are_errors(tmp_path):
     with pytest.raises(UserError, match="rows.jsonl: no rows"):
-        load(str(write(tmp_path / "rows.jsonl")))
+        load(str(write_rows(tmp_path / "rows.jsonl")))
     with pytest.raises(UserError, match="rows.jsonl:1: not JSON"):
-        load(str(write(tmp_path / "rows.jsonl", "{")), skip_bad_rows=True)
+        load(str(write_rows(tmp_path / "rows.jsonl", "{")), skip_bad_rows=True)
 
 
 @pytest.mark.parametrize("name", ["harmless-base/train.jsonl.gz", "../saferlhf-30k/round0/30k/train.jsonl.xz"])
@@ -336,175 +257,30 @@ def test_a_file_that_was_cut_off_is_an_error_that_names_it(tmp_path, name):
         load(str(file), skip_bad_rows=True)
 
 
-# ---------------------------------------------------------------------------------- runs, cache and scores
+# Runs
 
 
-def tiny(folder, kind, **changes):
-    """A small model of random weights with the toy tokenizer."""
-    tokenizer = data.make_toy_tokenizer(folder)
-    shape = {**train.TOY_MODEL, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size":
-             tokenizer.backend.get_vocab_size(), "num_attention_heads": 2, **changes}
-    model = kind(ModelConfig.from_hf(shape))
-    for seed, parameter in enumerate(model.parameters()):
-        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(seed))
-    model.folder = folder
-    model.save_pretrained(folder / "saved")
-    for file in (folder / "saved").iterdir():
-        file.replace(folder / file.name)
-    return str(folder)
+def train_on(source, *flags):
+    """metrics.jsonl of a short run on a source of comparisons."""
+    return rows(run("run", "--model", BASE, "--data", source, "--max_steps", 4, "--batch_size", 2, "--epochs", 9,
+                    *flags))
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny(tmp_path_factory.mktemp("base"), Transformer)
-
-
-def run(base, tmp_path, *flags, source=LAYOUTS / "saferlhf"):
-    train.main(["--model", base, "--data", str(source), "--out", str(tmp_path / "run"), "--device", "cpu",
-                "--max_steps", "4", "--batch_size", "2", "--epochs", "9", *flags])
-    return [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_a_run_on_real_data_measures_held_out_pairs(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    rows = run(base, tmp_path, "--method", "safedpo", "--eval_every", "2", "--lr", "1e-3")
-    assert [row["step"] for row in rows] == [2, 4]
-    assert all({"eval/loss", "eval/rewards/accuracies", "eval/rewards/margins"} <= row.keys() for row in rows)
-    assert rows[0]["eval/loss"] != rows[1]["eval/loss"]
+def test_a_run_on_real_data_measures_held_out_pairs(place, capsys):
+    measured = train_on(LAYOUTS / "saferlhf", "--method", "safedpo", "--eval_every", 2, "--lr", 1e-3)
+    assert [row["step"] for row in measured] == [2, 4]
+    assert all({"eval/loss", "eval/rewards/accuracies", "eval/rewards/margins"} <= row.keys() for row in measured)
+    assert measured[0]["eval/loss"] != measured[1]["eval/loss"]
     assert "view safedpo: 5 comparisons, 1 swapped, 3 kept, 1 dropped (both unsafe)" in capsys.readouterr().out
 
 
-def test_an_untrained_policy_measures_log_two_on_held_out_pairs(base, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    rows = run(base, tmp_path, "--method", "dpo", "--lr", "1e-12", "--eval_every", "4")
-    assert rows[-1]["eval/loss"] == pytest.approx(0.6931472, abs=1e-5)
+def test_an_untrained_policy_measures_log_two_on_held_out_pairs(place):
+    measured = train_on(LAYOUTS / "saferlhf", "--method", "dpo", "--lr", 1e-12, "--eval_every", 4)
+    assert measured[-1]["eval/loss"] == pytest.approx(0.6931472, abs=1e-5)
 
 
-def test_a_second_run_takes_its_tokens_from_the_cache_until_an_input_changes(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    file = write(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(40)))
-    calls, encode_pairs = [], data.encode_pairs
-
-    def counted(*arguments):
-        calls.append(arguments)
-        return encode_pairs(*arguments)
-
-    monkeypatch.setattr(train, "encode_pairs", counted)
-
-    def load_with(*flags):
-        calls.clear()
-        config = train.parse_flags(["--model", base, "--data", str(file), "--held_out", "0.2", *flags])
-        return train.load_data(config, data.Tokenizer(base, config.template)), len(calls)
-
-    (first, held_out), times = load_with()
-    assert times == 2
-    said = capsys.readouterr().out
-    (again, held_again), times = load_with()
-    assert times == 0 and capsys.readouterr().out.startswith(said)
-    for old, new in ((first, again), (held_out, held_again)):
-        assert (old.tokens == new.tokens).all() and (old.bounds == new.bounds).all()
-        assert old.labels.keys() == new.labels.keys()
-        assert all((old.labels[name] == new.labels[name]).all() for name in old.labels)
-    for flag, value in (("max_len", "9"), ("template", "hh"), ("seed", "1"), ("flip_safety", "0.5"),
-                        ("flip_preference", "0.5"), ("held_out", "0.3"), ("view", "helpful")):
-        assert load_with(f"--{flag}", value)[1] == 2, flag
-    assert load_with("--skip_bad_rows")[1] == 2
-    file.write_text(file.read_text().replace("question 39", "question 40"))
-    assert load_with()[1] == 2
-
-
-def test_a_bad_row_ends_a_run_with_file_and_line(base, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    file = write(tmp_path / "rows.jsonl", ROW, {**ROW, "better_response_id": 2})
+def test_a_bad_row_ends_a_run_with_file_and_line(place):
+    file = write_rows(place / "rows.jsonl", ROW, {**ROW, "better_response_id": 2})
     with pytest.raises(UserError, match="rows.jsonl:2: 'better_response_id' is 2"):
-        run(base, tmp_path, source=file)
-    assert run(base, tmp_path, "--skip_bad_rows", "--held_out", "0", source=file)
-
-
-@pytest.fixture(scope="module")
-def judges(tmp_path_factory):
-    def score_model(name, **changes):
-        return tiny(tmp_path_factory.mktemp(name), ScoreModel, architectures=["LlamaForSequenceClassification"],
-                    num_labels=1, **changes)
-
-    return {"reward": score_model("reward"), "cost": score_model("cost", num_hidden_layers=2)}
-
-
-def score_flags(judges, out, file=LAYOUTS / "pairs.jsonl"):
-    return ["--score", str(file), "--out", str(out), "--reward_model", judges["reward"], "--cost_model", judges["cost"],
-            "--device", "cpu"]
-
-
-def alone(folder, prompt, response):
-    """The score of one sequence, unpadded and unpacked: the head at the EOS."""
-    model, tokenizer = ScoreModel.from_pretrained(folder).eval(), data.Tokenizer(folder)
-    ids = tokenizer.encode([tokenizer.render(prompt)])[0] + tokenizer.encode([response])[0] + [tokenizer.eos_id]
-    with torch.no_grad():
-        hidden = model.model(torch.tensor([ids]))
-        return (hidden[0, -1].double() @ model.score.weight[0].double()).item()
-
-
-def test_scores_are_those_of_each_response_alone_and_rows_keep_their_order(judges, tmp_path):
-    eval.main(score_flags(judges, tmp_path / "scored.jsonl"))
-    rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
-    before = [json.loads(line) for line in (LAYOUTS / "pairs.jsonl").read_text().splitlines()]
-    assert [{**row, "scores": None} for row in rows] == [{**row, "scores": None} for row in before]
-    for row in rows:
-        for name, folder in judges.items():
-            expected = [alone(folder, row["prompt"], row[field]) for field in ("chosen", "rejected")]
-            assert row["scores"][name] == pytest.approx(expected, abs=1e-5)
-    scored = read_comparisons([tmp_path / "scored.jsonl"], Counter())
-    assert [c.scores["reward"] for c in scored] == [tuple(row["scores"]["reward"]) for row in rows]
-
-
-def test_ultrafeedback_scores_follow_the_completions_into_the_pairs(judges, tmp_path):
-    out = tmp_path / "scored.jsonl"
-    eval.main(score_flags(judges, out, LAYOUTS / "ultrafeedback" / "evol_instruct.jsonl"))
-    values = json.loads(out.read_text())["scores"]["cost"]
-    comparisons = read_comparisons([out], Counter())
-    assert len(values) == 4
-    assert [c.scores["cost"] for c in comparisons] == [(values[0], values[j]) for j in (2, 3, 2)]
-
-
-def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypatch):
-    file = write(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(10)))
-    eval.main(score_flags(judges, tmp_path / "whole.jsonl", file))
-    monkeypatch.setattr(eval, "BLOCK", 4)
-    score, calls = eval.score, []
-
-    def stops(*arguments):
-        calls.append(len(arguments[2]))
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return score(*arguments)
-
-    monkeypatch.setattr(eval, "score", stops)
-    with pytest.raises(KeyboardInterrupt):
-        eval.main(score_flags(judges, tmp_path / "out.jsonl", file))
-    assert not (tmp_path / "out.jsonl").exists()
-    (partial,) = tmp_path.glob("out.jsonl.*.partial")
-    with open(partial, "ab") as torn:
-        torn.write(b'{"prompt": "ques')
-    eval.main(score_flags(judges, tmp_path / "out.jsonl", file))
-    assert calls[5:] == [4, 4] and not partial.exists()  # the two rows that were left, once for each model
-    scores = [[json.loads(line)["scores"] for line in (tmp_path / name).read_text().splitlines()]
-              for name in ("whole.jsonl", "out.jsonl")]
-    assert len(scores[1]) == 10
-    for whole, resumed in zip(*scores):
-        assert resumed == {name: pytest.approx(values, abs=1e-5) for name, values in whole.items()}
-
-
-def test_a_partial_file_of_other_rows_is_not_gone_on_with(judges, tmp_path):
-    file = write(tmp_path / "rows.jsonl", ROW)
-    out = tmp_path / "out.jsonl"
-    (tmp_path / "out.jsonl.0123456789ab.partial").write_text('{"prompt": "something else"}\n')
-    eval.main(score_flags(judges, out, file))
-    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["p"]
-
-
-def test_scoring_without_a_model_or_with_a_bad_row_is_one_line(judges, tmp_path):
-    with pytest.raises(UserError, match="--score needs --out FILE.jsonl and at least one of --reward_model"):
-        eval.main(["--score", str(LAYOUTS / "pairs.jsonl")])
-    file = write(tmp_path / "rows.jsonl", ROW, {**ROW, "prompt": ""})
-    with pytest.raises(UserError, match="rows.jsonl:2: 'prompt' is empty"):
-        eval.main(score_flags(judges, tmp_path / "out.jsonl", file))
+        train_on(file)
+    assert train_on(file, "--skip_bad_rows", "--held_out", 0)
