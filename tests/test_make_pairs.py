@@ -96,6 +96,10 @@ def test_what_is_wrong_is_answered_with_one_line(asked, change, part):
     assert not Path("pairs.jsonl").exists()
 
 
+def test_one_answer_to_a_prompt_makes_no_pair(asked):
+    assert "--samples 1: must be at least 2" in line_of(make, "--samples", "1")
+
+
 def test_a_broken_row_of_prompts_is_named_by_its_line(asked):
     Path("rows.jsonl").write_text('{"prompt": "fine"}\n{"question": "not a prompt"}\n')
     with pytest.raises(UserError, match=r"rows.jsonl:2: no field 'prompt'"):

@@ -62,6 +62,14 @@ def test_an_annotators_type_is_read_from_all_their_comparisons_and_their_gate(re
     assert report_of(flat, log_gate)[0]["recovered"] == 1.0
 
 
+def test_the_prior_of_an_annotator_is_the_gate_once_not_once_for_each_comparison(report_of):
+    """A prior of log 9 = 2.2 in favour of expert 0 outweighs one comparison of log-odds 1.5 against it, and not two."""
+    margins = [[2.0, -2.0] if name.startswith("warmth") else [-1.5, 1.5] for name in ANNOTATORS for _ in range(2)]
+    assert report_of(margins, [math.log(0.9), math.log(0.1)])[0]["recovered"] == 1.0
+    once = margins[::2]
+    assert report_of(once, [math.log(0.9), math.log(0.1)])[0]["recovered"] == 0.5
+
+
 def test_more_experts_than_annotator_types_and_fewer(report_of):
     margins = [[-1.0, 2.0, -1.0] if name.startswith("warmth") else [-3.0, -1.0, 1.0] for name in ANNOTATORS]
     assert report_of(margins, [math.log(1 / 3)] * 3)[0]["recovered"] == 1.0

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 import model as model_file
 from conftest import (FAMILY_FIXTURES, FIXTURES, edit_json, edit_tensors, line_of, load_fixture, logits_of,
                       relative_error)
-from model import FAMILIES, ModelConfig, ScoreModel, Transformer, atomic_folder, find_folder, read_config, read_json
+from model import (FAMILIES, ModelConfig, ScoreModel, Transformer, atomic_file, atomic_folder, find_folder,
+                   read_config, read_json, write_text)
 
 
 def copy_of(name, tmp_path):
@@ -211,6 +212,17 @@ def test_a_failed_write_leaves_the_old_folder_alone(tmp_path):
     with atomic_folder(folder) as partial:
         (partial / "other").write_text("new")
     assert os.listdir(folder) == ["other"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failed_write_leaves_the_old_file_alone(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_file(file) as temporary:
+        temporary.write_text("new")
+        raise KeyboardInterrupt
+    assert file.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    write_text(file, "new")
+    assert file.read_text() == "new" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_rename_that_fails_loses_nothing(tmp_path, monkeypatch):

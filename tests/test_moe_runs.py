@@ -143,7 +143,8 @@ def test_a_mixture_can_be_evaluated_merged_at_fixed_weights(quick):
     for name, flags in (("adapters", ()), ("heads", ("--share", "trunk"))):
         out = run(name, *FLAGS, "--method", "mix-dpo", *flags)
         eval_file.main([str(out), "--static", "0.5,0.5"])
-        assert 0 <= read_json(out / "eval-static-0.5,0.5.json")["policy"]["degenerate"] <= 1
+        report = read_json(out / "eval-static-0.5,0.5.json")
+        assert 0 <= report["policy"]["degenerate"] <= 1 and "uses" not in report, "it is one model without a gate"
 
 
 # Real data

@@ -4,11 +4,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
-from conftest import BASE, LAYOUTS, line_of, rows, run, write_rows
-from data import Comparison, flip_labels, load_comparisons, read_comparisons, source_files
+from conftest import BASE, LAYOUTS, grouped_file, line_of, load_run, pieces, rows, run, write_rows
+from data import Comparison, flip_labels, load_comparisons, prompt_hash, read_comparisons, source_files
 from model import UserError
 
 REPOS = {"PKU-Alignment/PKU-SafeRLHF": "saferlhf", "PKU-Alignment/PKU-SafeRLHF-30K": "saferlhf-30k",
@@ -127,6 +128,14 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").touch()
     with pytest.raises(UserError, match="train.parquet: parquet files need the pyarrow package .pip install pyarrow.$"):
         load(str(tmp_path))
+
+
+def test_a_path_with_a_comma_in_it_is_one_source(tmp_path):
+    file = write_rows(tmp_path / "rows,of,mine.jsonl", ROW)
+    assert train.parse_flags(["--data", str(file)]).data == (str(file),)
+    other = write_rows(tmp_path / "others.jsonl", ROW)
+    assert train.parse_flags(["--data", f"{other},hh-rlhf"]).data == (str(other), "hh-rlhf")
+    assert "--data toy" in line_of(train.parse_flags, ["--data", f"toy,{other}"])
 
 
 def test_an_offline_hub_and_an_unknown_source_are_one_line(monkeypatch):
@@ -277,6 +286,34 @@ def test_a_run_on_real_data_measures_held_out_pairs(place, capsys):
 def test_an_untrained_policy_measures_log_two_on_held_out_pairs(place):
     measured = train_on(LAYOUTS / "saferlhf", "--method", "dpo", "--lr", 1e-12, "--eval_every", 4)
     assert measured[-1]["eval/loss"] == pytest.approx(0.6931472, abs=1e-5)
+
+
+def load_parts(*flags):
+    """(pairs to train on, held-out pairs), tokenised, of a run on pairs.jsonl."""
+    config, _, tokenizer = load_run("--model", BASE, "--data", "pairs.jsonl", "--held_out", 0.3, *flags)
+    return train.load_data(config, tokenizer)
+
+
+def test_held_out_pairs_number_their_groups_as_training_does(place):
+    """Also where all that is held out belongs to one group."""
+    lines = grouped_file("pairs.jsonl", ("brief", "exact"))
+    for line in lines:
+        if prompt_hash(line["prompt"]) < 0.3 * 2**64:
+            line["group"] = "exact"
+    write_rows("pairs.jsonl", *lines)
+    training, held_out = load_parts("--method", "dpo")
+    assert training.groups == held_out.groups == ("brief", "exact")
+    assert set(training.labels["group"]) == {0, 1} and set(held_out.labels["group"]) == {1}
+
+
+def test_label_noise_leaves_held_out_pairs_as_they_are(place):
+    grouped_file("pairs.jsonl", ("brief", "exact"))
+    training, held_out = load_parts("--method", "dpo")
+    noisy, still_held_out = load_parts("--method", "dpo", "--flip_preference", 0.5)
+    assert np.array_equal(held_out.tokens, still_held_out.tokens)
+    flipped = [pieces(noisy, i)[1:] == pieces(training, i)[:0:-1] for i in range(len(training))]
+    assert 0.2 < sum(flipped) / len(flipped) < 0.8
+    assert all(flip or pieces(noisy, i) == pieces(training, i) for i, flip in enumerate(flipped))
 
 
 def test_a_bad_row_ends_a_run_with_file_and_line(place):

@@ -19,10 +19,10 @@ import model as model_file
 import toy
 import train
 from conftest import (BASE, ROOT, brute_force, check_that_it_is_evaluated_again_alike, files_of, first_batch, ids_of,
-                      interrupt_at, leftovers, load_run, logits_of, logp_alone, mistake, packed_logps, rows, run,
-                      small_pairs, timeless)
+                      interrupt_at, leftovers, load_run, logits_of, logp_alone, mistake, packed_logps, pair_logps, rows,
+                      run, small_pairs, softplus, timeless)
 from data import Tokenizer, encode_pairs
-from lora_moe import load_adapter, perturb_experts
+from lora_moe import add_experts, load_adapter, merge_experts, perturb_experts, save_adapter
 from model import Transformer, read_json
 
 LOGGED = ("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
@@ -131,6 +131,29 @@ def test_first_loss_of_sft_is_the_cross_entropy_of_the_chosen_responses(place):
     assert rows(out)[0]["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+def test_a_run_can_start_from_an_adapter_and_its_reference_is_the_base(place):
+    """−log σ(Δr) of the adapter merged into the base, by single sequences."""
+    model = perturb_experts(add_experts(Transformer.from_pretrained(BASE), ["down_proj"], 2, 4), 0.3)
+    save_adapter(model, "adapter")
+    merge_experts(model).save_pretrained(Path("merged"))
+    row = rows(run("run", "--method", "dpo", "--init_adapter", "adapter", "--max_steps", 1, "--log_every", 1))[0]
+    margins = []
+    for pair in first_batch(small_pairs("helpful")):
+        (chosen, rejected), (ref_chosen, ref_rejected) = pair_logps("merged", pair), pair_logps(BASE, pair)
+        margins.append(0.1 * (chosen - ref_chosen - rejected + ref_rejected))
+    assert max(map(abs, margins)) > 1e-2
+    assert row["loss"] == pytest.approx(statistics.mean(softplus(-margin) for margin in margins), rel=1e-4)
+    assert row["rewards/margins"] == pytest.approx(statistics.mean(margins), rel=1e-3, abs=1e-5)
+
+
+def test_bfloat16_rounds_the_forward_pass_and_trains_float32_weights(place):
+    flags = ("--method", "dpo", "--max_steps", 1, "--log_every", 1)
+    full, half = run("full", *flags), run("half", *flags, "--dtype", "bfloat16")
+    exact, rounded = (rows(out)[0]["logps/chosen"] for out in (full, half))
+    assert rounded == pytest.approx(exact, rel=0.01) and rounded != exact
+    assert {tensor.dtype for tensor in load_file(half / "model/model.safetensors").values()} == {torch.float32}
+
+
 # Repeating
 
 
@@ -144,6 +167,12 @@ def test_two_runs_of_a_seed_give_the_same_bytes_and_another_seed_does_not(place,
     assert len(computed) >= 4
     for path, content in computed.items():
         assert files_of(other).get(path) != content, path
+
+
+def test_the_first_weights_of_the_base_model_are_drawn_by_its_seed(place, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *_: None)
+    two, three = (load_file(train.toy_base(seed, "cpu") / "model.safetensors") for seed in (2, 3))
+    assert not any(torch.equal(tensor, three[name]) for name, tensor in two.items() if tensor.dim() > 1)
 
 
 def test_the_base_model_is_made_once_and_again_when_its_recipe_changes(place, monkeypatch):
@@ -349,6 +378,62 @@ def test_accumulated_small_batches_train_as_one_large_batch(place):
                         load_file(out / "model/model.safetensors").items()]) for out in (whole, parts, other)]
     assert (moved[0] - moved[1]).norm() < 1e-2 * moved[0].norm()
     assert (moved[0] - moved[2]).norm() > 1e-1 * moved[0].norm()
+
+
+def test_the_optimiser_is_adamw_with_these_betas_and_no_decay_of_vectors():
+    """Three steps on the same gradients in float64: m and v are running means with weights 0.9 and 0.95."""
+    config = train.resolve({"lr": 0.1, "weight_decay": 0.5, "device": "cpu"})
+    gradients = {"matrix": (2.0, -0.5, 0.1), "vector": (-1.0, 3.0, 0.25)}
+    parameters = {"matrix": torch.nn.Parameter(torch.ones(1, 1)), "vector": torch.nn.Parameter(torch.ones(1))}
+    optimizer, expected = train.make_optimizer(parameters.items(), config), {}
+    for name, decay in (("matrix", 0.5), ("vector", 0.0)):
+        weight, m, v = 1.0, 0.0, 0.0
+        for t, gradient in enumerate(gradients[name], 1):
+            m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient ** 2
+            weight -= 0.1 * (decay * weight + m / (1 - 0.9 ** t) / (math.sqrt(v / (1 - 0.95 ** t)) + 1e-8))
+        expected[name] = weight
+    for step in range(3):
+        for name, parameter in parameters.items():
+            parameter.grad = torch.full_like(parameter, gradients[name][step])
+        optimizer.step()
+    assert {name: parameter.item() for name, parameter in parameters.items()} == pytest.approx(expected, rel=1e-5)
+
+
+def moves(weights, before):
+    """{name: how far a run moved a tensor from its start}."""
+    return {name: tensor - before[name] for name, tensor in load_file(weights).items()}
+
+
+def test_weight_decay_shrinks_matrices_and_spares_vectors(place):
+    """Adam's own step is the same in both runs: they differ by lr · decay · weight."""
+    base, flags = load_file(f"{BASE}/model.safetensors"), ("--method", "dpo", "--max_steps", 1, "--lr", 1e-3)
+    outs = run("plain", *flags, "--weight_decay", 0), run("shrunk", *flags, "--weight_decay", 2)
+    plain, shrunk = (moves(out / "model/model.safetensors", base) for out in outs)
+    for name, weight in base.items():
+        expected = 2 * rows(outs[0])[0]["lr"] * weight if weight.dim() > 1 else torch.zeros_like(weight)
+        assert torch.allclose(plain[name] - shrunk[name], expected, rtol=1e-3, atol=1e-7), name
+
+
+def test_routers_and_gates_learn_at_router_lr_times_the_rate(place):
+    """Adam's first step is lr · sign(gradient), whatever the gradient's size."""
+    flags = ("--method", "mix-dpo", "--lora_rank", 2, "--expert_noise", 0.3, "--weight_decay", 0, "--annotators", 6,
+             "--max_steps", 1, "--lr", 1e-4, "--router_lr", 30)
+    out, before = run("run", *flags), load_run(*flags)[1].state_dict()
+    rate, moved = rows(out)[0]["lr"], moves(out / "experts/experts.safetensors", before)
+    assert moved["gate.bias"].abs().tolist() == pytest.approx([30 * rate] * 2, rel=1e-2)
+    experts = torch.cat([move.flatten() for name, move in moved.items() if "lora_" in name])
+    assert experts.abs().median() == pytest.approx(rate, rel=1e-2)
+
+
+def test_gradients_are_clipped_to_the_given_norm(place):
+    """Adam divides by the gradient's size plus 1e-8: what is clipped far below that moves nothing."""
+    base, flags = load_file(f"{BASE}/model.safetensors"), ("--method", "dpo", "--max_steps", 1, "--weight_decay", 0)
+    sizes, norms = [], []
+    for clip in (0, 1e-12):
+        out = run("run", *flags, "--grad_clip", clip)
+        sizes.append(max(float(move.abs().max()) for move in moves(out / "model/model.safetensors", base).values()))
+        norms.append(rows(out)[0]["grad_norm"])
+    assert 0 < sizes[1] < 1e-2 * sizes[0] and norms[0] == norms[1] > 1e-3, "the logged norm is the one before clipping"
 
 
 @pytest.mark.parametrize("steps, warmup", ((100, 0.03), (100, 0.0), (7, 0.5), (1, 0.03), (1, 0.0)))
