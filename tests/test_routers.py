@@ -382,6 +382,15 @@ def test_a_registered_router_is_made_in_every_layer_by_its_name(hard):
     assert (weights > 0).all(), "probabilities, not one-hot weights"
 
 
+def test_a_saved_hard_mixture_is_hard_when_it_loads_again(hard, tmp_path):
+    tokens = load_file(FIXTURES / "llama" / "expected.safetensors")["tokens"]
+    model = routed_llama(hard, num_experts=3)
+    save_experts(model, tmp_path / "saved")
+    again = load_experts(load_fixture("llama"), tmp_path / "saved")
+    assert {type(layer.router) for _, layer in expert_layers(again)} == {HardRouter}
+    assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
+
+
 # Mixtures merged, and on disk
 
 
