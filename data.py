@@ -6,6 +6,7 @@ Comparisons come from a source (`load_comparisons`), a view orders them into pai
 Letters in shape comments: N pairs, B rows, T tokens per row, M response tokens in the batch.
 """
 import codecs
+import difflib
 import gzip
 import hashlib
 import itertools
@@ -14,10 +15,9 @@ import lzma
 import math
 import re
 import zlib
-from argparse import ArgumentTypeError
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from os.path import commonprefix
@@ -36,26 +36,31 @@ from model import UserError, first_line, read_json
 
 @dataclass(slots=True)
 class Comparison:
-    """Two responses to one prompt, with the labels that the views need. Responses are numbered 0 and 1."""
+    """Two responses to one prompt, with the labels that the views need, or for SFT a single response."""
     prompt: str | list                 # text, a dialogue as in hh-rlhf, or messages [{"role": …, "content": …}, …]
-    responses: tuple[str, str]
-    better: int                        # the more helpful response
+    responses: tuple                   # their texts, numbered 0 and 1
+    better: int = 0                    # the more helpful response
     safer: int | None = None           # the safer response
     unsafe: tuple[bool, bool] | None = None
     group: str = ""                    # the preference or annotator that the labels belong to
     scores: dict | None = None         # name of a score model -> its scores of the two responses
+    ended: tuple = (True, True)        # False for a response that was cut before its end
+    later_turns: int = 0               # of the assistant, in the dialogue that this turn is from
+    row: str = ""                      # file:line
 
 
 @dataclass(slots=True)
 class Pair:
-    """A comparison after a view: what the loss pushes up, and what it pushes down."""
+    """A comparison after a view: what the loss pushes up, and what it pushes down. None is a label that is absent."""
     prompt: str | list
     chosen: str
-    rejected: str
-    chosen_unsafe: bool = False
-    rejected_unsafe: bool = False
+    rejected: str = ""
+    chosen_unsafe: bool | None = None
+    rejected_unsafe: bool | None = None
     group: str = ""
-    margin: float = 0.0                # SPE-DPO's m: by how much a score model prefers the chosen one, at least 0
+    margin: float | None = None        # SPE-DPO's m: by how much a score model prefers the chosen one, at least 0
+    ended: tuple = (True, True)        # chosen, rejected
+    row: str = ""
 
 
 # Rows of a file: a parser for each layout takes a row and returns the prompt, the responses and a list of
@@ -109,9 +114,11 @@ def parse_saferlhf(row):
 
 
 def parse_pairs(row):
-    """{prompt, chosen, rejected[, chosen_unsafe, rejected_unsafe, group]}: of two equally safe responses, the chosen
-    one counts as the safer."""
+    """{prompt, chosen, rejected[, chosen_unsafe, rejected_unsafe, group, ended]}: of two equally safe responses, the
+    chosen one counts as the safer."""
     labels = dict(better=0, group=get(row, "group", "text") if row.get("group") is not None else "")
+    if row.get("ended") is not None:
+        labels["ended"] = tuple(get({"ended": ended}, "ended", "true or false") for ended in get(row, "ended", "a list"))
     if row.get("chosen_unsafe") is not None or row.get("rejected_unsafe") is not None:
         unsafe = tuple(get(row, f"{name}_unsafe", "true or false") for name in ("chosen", "rejected"))
         labels.update(unsafe=unsafe, safer=int(unsafe == (True, False)))
@@ -124,7 +131,9 @@ def parse_hh(row):
     texts = [get(row, name, "text") for name in ("chosen", "rejected")]
     ends = [text.rfind("\n\nAssistant:") for text in texts]
     if not all(text.startswith("\n\nHuman:") and end > 0 for text, end in zip(texts, ends)):
-        raise UserError("a dialogue must start with \"\\n\\nHuman:\" and have an \"\\n\\nAssistant:\" turn")
+        near = difflib.get_close_matches("prompt", set(row) - {"chosen", "rejected"}, 1, 0) or ["none"]
+        raise UserError("no field 'prompt' (nearest: " + near[0] + "); without one, chosen and rejected must be hh-rlhf "
+                        "dialogues: start with \"\\n\\nHuman:\" and have an \"\\n\\nAssistant:\" turn")
     prompt = texts[0][:ends[0]]
     answers = tuple(text[end + len("\n\nAssistant:"):].strip() for text, end in zip(texts, ends))
     if prompt != texts[1][:ends[1]]:
@@ -161,9 +170,25 @@ def parse_ultrafeedback(row):
     return prompt, responses, labels or "no aspect tells the completions apart"
 
 
+def parse_demonstration(row):
+    """{prompt, response} or {prompt, chosen}, for SFT."""
+    return get_prompt(row), (get(row, "response" if "response" in row else "chosen", "text"),), [(0, 0, {})]
+
+
+def parse_messages(row):
+    """{messages}, for SFT: each turn of the assistant is a response to the messages before it."""
+    messages = get(row, "messages", "a list")
+    turns = [i for i, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"]
+    labels = [(k, k, dict(prompt=get_prompt({"messages": messages[:i]}, "messages"), later_turns=len(turns) - 1 - k))
+              for k, i in enumerate(turns)]
+    return None, tuple(get(messages[i], "content", "text") for i in turns), labels or "no turn of the assistant"
+
+
 LAYOUTS = {"PKU-SafeRLHF": (("prompt", "response_0", "response_1"), parse_saferlhf),
            "UltraFeedback": (("instruction", "completions"), parse_ultrafeedback),
-           "pairs": (("prompt", "chosen", "rejected"), parse_pairs), "hh-rlhf": (("chosen", "rejected"), parse_hh)}
+           "pairs": (("prompt", "chosen", "rejected"), parse_pairs), "hh-rlhf": (("chosen", "rejected"), parse_hh),
+           "demonstrations": (("prompt", "response"), parse_demonstration),
+           "chosen only": (("prompt", "chosen"), parse_demonstration), "messages": (("messages",), parse_messages)}
 
 
 def get_scores(row, count):
@@ -212,7 +237,7 @@ def read_lines(path):
 
 
 def read_rows(paths, counts=None, skip_bad_rows=False):
-    """Yield (row, prompt, responses, labels) of every row in files of one layout.
+    """Yield (row, prompt, responses, labels, "file:line") of every row in files of one layout.
 
     A bad row raises UserError with file:line; with skip_bad_rows it is counted and left out.
     """
@@ -241,7 +266,7 @@ def read_rows(paths, counts=None, skip_bad_rows=False):
                 # The folder's name, not the row, says which preference the annotators were asked about
                 group = re.match("harmless|helpful|", path.parent.name)[0]
                 labels = [(0, 1, dict(better=0, safer=0 if group == "harmless" else None, group=group))]
-            yield row, prompt, responses, labels
+            yield row, prompt, responses, labels, f"{path}:{number}"
     if layout is None:
         raise UserError(first_bad or f"{', '.join(map(str, paths))}: no rows")
 
@@ -269,22 +294,6 @@ SOURCES = {"pku-saferlhf": ("PKU-Alignment/PKU-SafeRLHF", ""),
            "hh-rlhf-harmless": ("Anthropic/hh-rlhf", "^harmless-base/"),
            "hh-rlhf-helpful": ("Anthropic/hh-rlhf", "^helpful-base/"),
            "ultrafeedback": ("openbmb/UltraFeedback", "")}
-
-
-def source_names(text):
-    """"a,b" -> ("a", "b"); a path with a comma in it is one source."""
-    return (text,) if Path(text).exists() else tuple(text.split(","))
-
-
-def weighted_names(text):
-    """"help=2,harm" -> (("help", 2.0), ("harm", 1.0)); "help,harm" -> (("help", None), ("harm", None))."""
-    parts = [part.partition("=") for part in text.split(",") if part]
-    if len({name for name, _, _ in parts}) < len(parts):
-        raise ArgumentTypeError(f"a name stands there twice: {text}")
-    shares = [float(share or 1) if "=" in text else None for _, _, share in parts]
-    if not all(share is None or 0 < share < math.inf for share in shares):
-        raise ArgumentTypeError(f"a share must be a number more than 0: {text}")
-    return tuple((name, share) for (name, _, _), share in zip(parts, shares))
 
 
 def source_files(source):
@@ -331,13 +340,15 @@ def prompt_hash(prompt, seed=0):
 def read_comparisons(paths, counts, skip_bad_rows=False):
     """The comparisons in files of one layout. counts: a Counter of rows, and of rows that gave none, by reason."""
     comparisons = []
-    for row, prompt, responses, labels in read_rows(paths, counts, skip_bad_rows):
+    for row, prompt, responses, labels, where in read_rows(paths, counts, skip_bad_rows):
         if isinstance(labels, str):
             counts[f"dropped ({labels})"] += 1
             continue
-        for i, j, pair_labels in labels:
-            scores = row["scores"] and {name: (values[i], values[j]) for name, values in row["scores"].items()}
-            comparisons.append(Comparison(prompt, (responses[i], responses[j]), scores=scores, **pair_labels))
+        for i, j, fields in labels:
+            numbers = (i,) if i == j else (i, j)
+            scores = row["scores"] and {name: [values[k] for k in numbers] for name, values in row["scores"].items()}
+            fields = {"prompt": prompt, "scores": scores, "row": where, **fields}
+            comparisons.append(Comparison(responses=tuple(responses[k] for k in numbers), **fields))
     return comparisons
 
 
@@ -347,25 +358,28 @@ def load_comparisons(train_files, test_files, seed=0, held_out=0.02, skip_bad_ro
     The test files are held out where there are any. Otherwise held_out is the share of the prompts to hold out: the
     hash of seed and prompt decides, so adding or moving rows does not move other prompts between the two.
     """
-    counts, lines = Counter(), []
-    train, test = read_comparisons(train_files, counts, skip_bad_rows), []
+    counts, test = Counter(), []
+    train = read_comparisons(train_files, counts, skip_bad_rows)
     if test_files:
         test = read_comparisons(test_files, counts, skip_bad_rows)
-        test_prompts = {prompt_hash(c.prompt) for c in test}
-        kept = [c for c in train if prompt_hash(c.prompt) not in test_prompts]
-        if len(kept) < len(train):
-            lines.append(f"split: {len(train) - len(kept)} training comparisons dropped, "
-                         "their prompts are in the test split")
-        train = kept
     elif held_out:
         isolated = [prompt_hash(c.prompt, seed) < held_out * 2**64 for c in train]
         train, test = ([c for c, out in zip(train, isolated) if out == wanted] for wanted in (False, True))
+    kept, dropped = without_prompts(train, test)
     counted = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return train, test, [f"data: {counted}; {len(train)} comparisons to train on, {len(test)} held out", *lines]
+    return kept, test, [f"data: {counted}; {len(kept)} comparisons to train on, {len(test)} held out", *dropped]
+
+
+def without_prompts(train, test):
+    """(the training comparisons whose prompt is not in the test comparisons, a line with the number of others)."""
+    prompts = {prompt_hash(c.prompt) for c in test}
+    kept = [c for c in train if prompt_hash(c.prompt) not in prompts]
+    dropped = len(train) - len(kept)
+    return kept, [f"split: {dropped} training comparisons dropped, their prompts are held out"] if dropped else []
 
 
 def load_sources(sources, seed=0, held_out=0.02, skip_bad_rows=False):
-    """`load_comparisons` of several sources together. Where there are several, each is a group."""
+    """`load_comparisons` of several sources together, no prompt in both. Where there are several, each is a group."""
     train, test, lines = [], [], []
     for source in sources:
         parts = load_comparisons(*source_files(source), seed, held_out, skip_bad_rows)
@@ -373,7 +387,28 @@ def load_sources(sources, seed=0, held_out=0.02, skip_bad_rows=False):
             for comparison in (*parts[0], *parts[1]):
                 comparison.group = source
         train, test, lines = train + parts[0], test + parts[1], lines + parts[2]
-    return train, test, lines
+    train, dropped = without_prompts(train, test)
+    return train, test, lines + dropped
+
+
+LABELS = {"safer": "safety labels (chosen_unsafe and rejected_unsafe, or safer_response_id)",
+          "unsafe": "safety flags (chosen_unsafe and rejected_unsafe, or is_response_0_safe and is_response_1_safe)",
+          "chosen_unsafe": "safety flags (chosen_unsafe and rejected_unsafe)", "margin": "scores of that name"}
+
+
+def require(items, label, who):
+    """Raise UserError if some of these comparisons or pairs lack a label that `who` needs; names the first such row."""
+    lacking = [item for item in items if getattr(item, label) is None]
+    if lacking:
+        line = f"{who}: {len(lacking)} of {len(items)} comparisons have no {LABELS[label]}"
+        path, _, number = lacking[0].row.rpartition(":")
+        if path:
+            row = next(row for n, row in read_lines(Path(path)) if n == int(number))
+            fields = [name for name in (row if isinstance(row, dict) else parse_line(row)) if name != "scores"]
+            near = difflib.get_close_matches("chosen_unsafe", set(fields) - {"chosen", "rejected"}, 1, 0.7)
+            line += f"; the first is {lacking[0].row}, with fields {', '.join(fields)}" + "".join(
+                f": is {name} meant to be chosen_unsafe?" for name in near)
+        raise UserError(line)
 
 
 def carry_scores(sources, name):
@@ -392,8 +427,8 @@ def flip_labels(comparisons, flip_safety, flip_preference, seed):
 
     Where exactly one flag says safe, `safer` follows it, so that the two labels agree.
     """
-    if flip_safety and any(c.unsafe is None for c in comparisons):
-        raise UserError("--flip_safety: these comparisons carry no safety labels")
+    if flip_safety:
+        require(comparisons, "unsafe", "--flip_safety")
     draws = np.random.default_rng([seed, 1]).random((len(comparisons), 3)) < (flip_safety, flip_safety, flip_preference)
     for comparison, (first, second, preference) in zip(comparisons, draws.tolist()):
         if first or second:
@@ -430,11 +465,14 @@ def score_margin(score, chosen, rejected):
 
 
 def ordered(comparison, chosen, score="reward"):
-    """The Pair in which response number `chosen` is the chosen one. Its margin is by the named score, 0 without one."""
-    unsafe, scores = comparison.unsafe or (False, False), (comparison.scores or {}).get(score, (0, 0))
-    margin = score_margin(score, scores[chosen], scores[1 - chosen])
-    return Pair(comparison.prompt, comparison.responses[chosen], comparison.responses[1 - chosen],
-                bool(unsafe[chosen]), bool(unsafe[1 - chosen]), comparison.group, margin)
+    """The Pair in which response number `chosen` is the chosen one. Its margin is by the named score."""
+    if len(comparison.responses) == 1:
+        return Pair(comparison.prompt, comparison.responses[0], ended=comparison.ended, row=comparison.row)
+    rejected, unsafe, scores = 1 - chosen, comparison.unsafe or (None, None), (comparison.scores or {}).get(score)
+    margin = score_margin(score, scores[chosen], scores[rejected]) if scores else None
+    return Pair(comparison.prompt, comparison.responses[chosen], comparison.responses[rejected], unsafe[chosen],
+                unsafe[rejected], comparison.group, margin, (comparison.ended[chosen], comparison.ended[rejected]),
+                comparison.row)
 
 
 @view("helpful")
@@ -492,20 +530,24 @@ def cost_pairs(comparison):
     return harmless(comparison)
 
 
-def apply_view(name, comparisons):
-    """Pairs of a view, and one line that says what became of the comparisons.
+def apply_view(name, comparisons, responses=2):
+    """Pairs of a view, and one line that says what became of the comparisons. responses: 1 for SFT, whose rows may have
+    a single one.
 
-    Raises UserError when the comparisons lack labels that the view needs, or when no pair is left.
+    Raises UserError when the comparisons lack labels or responses that are needed, or when no pair is left.
     """
-    if any(getattr(comparison, label) is None for label in VIEWS[name].needs for comparison in comparisons):
-        raise UserError(f"view {name}: these comparisons carry no safety labels; only the view 'helpful' can use them")
+    for label in VIEWS[name].needs:
+        require(comparisons, label, f"view {name}")
+    single = next((comparison.row for comparison in comparisons if len(comparison.responses) < responses), None)
+    if single is not None:
+        raise UserError(f"{single}: one response, for --method sft; this method compares two (chosen, rejected)")
     counts, pairs = Counter(), []
     for comparison in comparisons:
         outcome, pair = VIEWS[name](comparison)
-        if pair is not None and pair.chosen.strip() == pair.rejected.strip():
-            outcome, pair = "dropped (identical responses)", None
-        elif pair is not None and not (pair.chosen.strip() and pair.rejected.strip()):
-            outcome, pair = "dropped (an empty response)", None
+        if pair is not None:
+            texts = [pair.chosen.strip(), pair.rejected.strip()][:len(comparison.responses)]
+            dropped = "an empty response" if "" in texts else "identical responses" if len(set(texts)) < len(texts) else ""
+            outcome, pair = (f"dropped ({dropped})", None) if dropped else (outcome, pair)
         counts[outcome] += 1
         if pair is not None:
             pairs.append(pair)
@@ -513,8 +555,6 @@ def apply_view(name, comparisons):
     line = f"view {name}: {len(comparisons)} comparisons, {outcomes or 'nothing kept'}"
     if not pairs:
         raise UserError(f"{line}: no pairs are left to train on")
-    if any(pair.margin for pair in pairs):  # a high rate means that the score model disagrees with the labels
-        line += f"; margin 0 in {sum(pair.margin == 0 for pair in pairs) / len(pairs):.1%} of the pairs"
     return pairs, line
 
 
@@ -543,8 +583,9 @@ TEMPLATES = {
     "alpaca": "{{ bos_token }}BEGINNING OF CONVERSATION: {% for m in messages %}" + NO_SYSTEM + "{{ 'USER: ' ~ "
               "m.content ~ ' ASSISTANT:' if m.role == 'user' else m.content ~ eos_token }}{% endfor %}",
     "hh": "{{ bos_token }}{% for m in messages %}" + NO_SYSTEM + "{{ '\n\nHuman: ' if m.role == 'user' else "
-          "'\n\nAssistant: ' }}{{ m.content }}{% endfor %}{{ '\n\nAssistant:' }}",
+          "'\n\nAssistant: ' }}{{ m.content }}{% endfor %}{{ '\n\nAssistant:' if add_generation_prompt }}",
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content ~ '\n' }}{% endfor %}",
+    "raw": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",  # for base models that continue a text
 }
 
 
@@ -552,8 +593,7 @@ class Tokenizer:
     """A tokenizer.json with the special tokens and the chat template of its folder.
 
     template: "chat" or None for the folder's chat template, or a name in TEMPLATES.
-    bos, eos: the tokens' text (bos may be None); eos_id: the id that ends a response; lead: what the template puts
-    before a response.
+    bos, eos: the tokens' text (bos may be None); eos_id: the id of eos; stop_ids: the ids at which an answer ends.
     """
 
     def __init__(self, folder, template=None):
@@ -561,7 +601,7 @@ class Tokenizer:
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"{folder}: no tokenizer.json; save one there with transformers: "
                             "AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(…)")
-        self.folder = folder
+        self.folder, self.template = folder, template
         self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -571,10 +611,9 @@ class Tokenizer:
         self.eos_id = self.backend.token_to_id(self.eos) if self.eos else None
         if self.eos_id is None:
             raise UserError(f"{folder / files[1]}: names no eos_token that tokenizer.json knows")
-        self.bos_id = self.backend.token_to_id(self.bos) if self.bos else None
-        self.lead = " " if template == "hh" else ""
+        bos_id = self.backend.token_to_id(self.bos) if self.bos else None
         if template in TEMPLATES:
-            self.chat_template, adds_bos = TEMPLATES[template], self.backend.encode("").ids[:1] == [self.bos_id]
+            self.chat_template, adds_bos = TEMPLATES[template], self.backend.encode("").ids[:1] == [bos_id]
             # Many tokenizers name a BOS that the model never saw in training; only a chat template knows
             self.bos = self.bos if config.get("add_bos_token", adds_bos) else None
         else:
@@ -607,8 +646,9 @@ class Tokenizer:
                              strftime_now=lambda form: datetime.now().strftime(form))
         return jinja.from_string(self.chat_template)
 
-    def render(self, prompt):
-        """The text before a response. prompt: text (one user turn), a dialogue, or chat messages.
+    def render(self, prompt, generation=True):
+        """The text before a response. prompt: text (one user turn), a dialogue, or chat messages. generation: False
+        for whole dialogues, without the start of the next answer.
 
         Raises UserError when there is no chat template, or it refuses these messages.
         """
@@ -616,10 +656,31 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the tokenizer has no chat template; choose one with --template: "
                             f"{', '.join(TEMPLATES)}")
         try:
-            return self.compiled_template.render(messages=as_messages(prompt), add_generation_prompt=True,
+            return self.compiled_template.render(messages=as_messages(prompt), add_generation_prompt=generation,
                                                  bos_token=self.bos or "", eos_token=self.eos)
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{self.folder}: the chat template refuses a prompt: {first_line(error)}") from None
+            who = f"--template {self.template}" if self.template in TEMPLATES else f"{self.folder}: the chat template"
+            raise UserError(f"{who} refuses a prompt: {first_line(error)}") from None
+
+    @cached_property
+    def turn(self):
+        """(lead, end, ids of end): what the template puts before and after an answer of the assistant, found by rendering
+        a dialogue with one. Where no special token ends it, end is "" and its ids are EOS."""
+        dialogue = [{"role": "user", "content": "1 b"}, {"role": "assistant", "content": "answer"}]
+        try:
+            before, answer, end = self.render(dialogue, generation=False).rpartition("answer")
+        except UserError:  # a template for prompts alone
+            before = answer = end = ""
+        prompt, ids = self.render(dialogue[:1]), self.backend.encode(end, add_special_tokens=False).ids
+        lead = before[len(prompt):] if answer and before.startswith(prompt) else ""
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        return (lead, end, ids) if special & set(ids) else (lead, "", [self.eos_id])
+
+    @cached_property
+    def stop_ids(self):
+        """EOS, and the special tokens with which the template ends an answer."""
+        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        return {self.eos_id, *(special & set(self.turn[2]))}
 
     @cached_property
     def frame(self):
@@ -635,6 +696,12 @@ class Tokenizer:
         """Token ids -> text, without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
+    def answer(self, prompt, ids):
+        """The text of token ids that continue those of a prompt. Template raw keeps the spaces at its ends."""
+        if self.template != "raw":
+            return self.decode(ids).strip()
+        return self.decode([*prompt, *ids])[len(self.decode(prompt)):]
+
 
 @dataclass
 class Encoded:
@@ -647,7 +714,7 @@ class Encoded:
     tokens: np.ndarray
     bounds: np.ndarray
     labels: dict = field(default_factory=dict)
-    cut: Counter = field(default_factory=Counter)  # what max_len took away
+    cut: Counter = field(default_factory=Counter)  # what had to be cut, or tokenised otherwise
     groups: tuple = ()                             # what labels["group"] numbers
 
     def __len__(self):
@@ -657,45 +724,66 @@ class Encoded:
         """(N,) tokens of prompt and responses together."""
         return self.bounds[:, -1] - self.bounds[:, 0]
 
+    def counts(self, indices):
+        """Units that losses are means over: pairs, their tokens, response tokens, and tokens of pairs with a group."""
+        bounds, grouped = self.bounds[indices], self.labels.get("group", np.full(len(self), -1))[indices] >= 0
+        tokens = bounds[:, -1] - bounds[:, 0]
+        return {"pairs": len(bounds), "tokens": tokens.sum(), "responses": (bounds[:, -1] - bounds[:, 1]).sum(),
+                "grouped": tokens[grouped].sum()}
+
 
 CHUNK = 2048  # prompts that are tokenised at a time: enough for all cores, little memory
 
 
-def shorten(prompt, responses, max_len, frame, cut):
-    """Cut token ids so that the prompt with each response fits into max_len; counts in `cut` what was taken.
+def shorten(pieces, max_len, frame, cut):
+    """Cut token ids, [prompt, response, …], so that the prompt with each response fits into max_len; counts in `cut`.
 
-    First goes the front of the prompt, but not the template's own tokens; then the end of a response, with its EOS.
+    First goes the front of the prompt, but not the template's tokens; then the end of a response.
     """
+    prompt, *responses = pieces
     head = len(commonprefix([prompt, frame[0]]))
     keep = max(head + len(frame[1]), max_len - max(map(len, responses)))
     if keep >= max_len:
-        raise UserError(f"--max_len {max_len}: the template's own {keep} tokens leave no room for a response")
+        raise UserError(f"--max_len {max_len}: the template's {keep} tokens leave no room for a response")
     if keep < len(prompt):
         cut["prompts shortened"] += 1
         prompt = prompt[:head] + prompt[len(prompt) - (keep - head):]
     if long := sum(len(prompt) + len(ids) > max_len for ids in responses):
         cut["responses shortened"] += long
-    return prompt, [ids[:max_len - len(prompt)] for ids in responses]
+    return [prompt, *(ids[:max_len - len(prompt)] for ids in responses)]
 
 
-def encode(tokenizer, prompts, responses, max_len, labels=None):
-    """Tokenise prompts, rendered to text, with their responses: a tuple of R texts each; both may be generators.
-    Prompt and response are tokenised apart, and a response ends in EOS. `shorten` cuts what is longer than max_len.
+def encode(tokenizer, prompts, responses, max_len, labels=None, ended=itertools.repeat((True, True))):
+    """Tokenise prompts, rendered to text, with their responses: a tuple of R texts each; all may be generators.
+
+    A response's tokens are those of the joint text: prompt, response and the template's end of a turn. Where the
+    prompt's tokens are no prefix of it, they are tokenised apart, and `cut` counts that. ended: whether each response
+    came to its end; one that did not gets none. `shorten` cuts what is longer than max_len.
     """
     # Arrays of machine integers grow in place; lists, or pieces that are joined at the end, take twice the memory
-    tokens, sizes, cut = array("i"), array("q"), Counter()
-    prompts, responses = iter(prompts), iter(responses)
-    while chunk := tokenizer.encode(list(itertools.islice(prompts, CHUNK))):
-        texts = list(itertools.islice(responses, len(chunk)))
-        answers = iter(tokenizer.encode([text for row in texts for text in row]))
-        for prompt, row in zip(chunk, texts):
-            ended = [ids + [tokenizer.eos_id] for ids in itertools.islice(answers, len(row))]
-            if len(prompt) + max(map(len, ended)) > max_len:
-                prompt, ended = shorten(prompt, ended, max_len, tokenizer.frame, cut)
-            for ids in (prompt, *ended):
+    tokens, sizes, cut, (lead, end, end_ids) = array("i"), array("q"), Counter(), tokenizer.turn
+    prompts, responses, ended = iter(prompts), iter(responses), iter(ended)
+    while chunk := list(itertools.islice(prompts, CHUNK)):
+        rows = [[((lead if text else "") + text, whole) for text, whole in zip(*row)]
+                for row in zip(itertools.islice(responses, len(chunk)), ended)]
+        joint = iter(tokenizer.encode([prompt + text + end * whole for prompt, row in zip(chunk, rows)
+                                       for text, whole in row]))
+        for prompt, row in zip(tokenizer.encode(chunk), rows):
+            pieces = [prompt]
+            for text, whole in row:
+                ids = next(joint)
+                if ids[:len(prompt)] == prompt:
+                    ids = ids[len(prompt):] + ([] if end or not whole else end_ids)
+                else:
+                    cut["responses tokenised apart from their prompt"] += 1
+                    ids = tokenizer.encode([text])[0] + (end_ids if whole else [])
+                pieces.append(ids)
+            if len(prompt) + max(map(len, pieces[1:])) > max_len:
+                pieces = shorten(pieces, max_len, tokenizer.frame, cut)
+            for ids in pieces:
                 tokens.extend(ids)
                 sizes.append(len(ids))
-    ends = np.cumsum(sizes).reshape(-1, 1 + len(row))
+    ends = np.cumsum(sizes).reshape(-1, len(pieces))
     bounds = np.concatenate([ends[:, :1] - np.reshape(sizes, ends.shape)[:, :1], ends], axis=1)
     return Encoded(np.frombuffer(tokens, dtype=np.int32), bounds, labels or {}, cut)
 
@@ -704,16 +792,16 @@ def encode_pairs(tokenizer, pairs, max_len, responses=2, groups=()):
     """Encoded pairs, response 0 being the chosen one, with the labels that the losses read.
 
     responses=1 leaves the rejected ones out, for training on the chosen responses alone. groups: the names that
-    labels["group"] numbers, -1 being none of them; default: those of the pairs, sorted.
+    labels["group"] numbers, -1 being none of them; default: those of the pairs, sorted. An absent label is nan.
     """
-    labels = {name: np.array([getattr(pair, name) for pair in pairs], dtype=np.float32)
+    labels = {name: np.array([getattr(pair, name) for pair in pairs], dtype=np.float32)  # None becomes nan
               for name in ("chosen_unsafe", "rejected_unsafe", "margin")}
     groups = tuple(groups) or tuple(sorted({pair.group for pair in pairs} - {""}))
     numbers = {name: i for i, name in enumerate(groups)}
     labels["group"] = np.array([numbers.get(pair.group, -1) for pair in pairs])
     prompts = (tokenizer.render(pair.prompt) for pair in pairs)
-    texts = ((tokenizer.lead + pair.chosen, tokenizer.lead + pair.rejected)[:responses] for pair in pairs)
-    encoded = encode(tokenizer, prompts, texts, max_len, labels)
+    texts = ((pair.chosen, pair.rejected)[:responses] for pair in pairs)
+    encoded = encode(tokenizer, prompts, texts, max_len, labels, (pair.ended for pair in pairs))
     encoded.groups = groups
     return encoded
 
@@ -737,6 +825,8 @@ class Batch:
     last: torch.Tensor       # (N, R) flat position of each response's last token
     lengths: torch.Tensor    # (N, R) response tokens
     labels: dict             # name -> (N,)
+    scale: dict              # unit of `Encoded.counts` -> what a mean over it here is multiplied by, so that the mean of a
+    #                          step's batches, weighted by pairs, is the mean over the step
 
     @property
     def shape(self):
@@ -751,8 +841,9 @@ class Batch:
         return causal & same_pair & visible
 
     def to(self, device):
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "labels"}
-        return Batch(**moved, labels={name: value.to(device) for name, value in self.labels.items()})
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
+                 if isinstance(value, torch.Tensor)}
+        return replace(self, **moved, labels={name: value.to(device) for name, value in self.labels.items()})
 
 
 def first_fit(lengths, capacity):
@@ -768,8 +859,11 @@ def first_fit(lengths, capacity):
     return places, len(free)
 
 
-def pack(encoded, indices):
-    """The Batch of the prompts with these indices. Rows are as long as the longest prompt with its responses."""
+def pack(encoded, indices, step=None):
+    """The Batch of the prompts with these indices. Rows are as long as the longest prompt with its responses.
+
+    step: `encoded.counts` of the optimiser step, or the set, that this batch is a part of (default: it is all).
+    """
     lengths = encoded.bounds[indices, -1] - encoded.bounds[indices, 0]
     T = int(lengths.max())
     places, B = first_fit(lengths.tolist(), T)
@@ -795,38 +889,26 @@ def pack(encoded, indices):
             target.append(tokens[row, first:end])
             owner.append(np.full(end - first, n * R + j))
             last[n, j] = row * T + (end if end > first else bounds[1]) - 1
-    flat = (torch.from_numpy(np.concatenate(pieces)) for pieces in (predictor, target, owner))
+    flat, own = (torch.from_numpy(np.concatenate(pieces)) for pieces in (predictor, target, owner)), encoded.counts(indices)
+    step = step or own
     return Batch(*map(torch.from_numpy, (tokens, positions, pair, part)), *flat, last=torch.from_numpy(last),
                  lengths=torch.from_numpy(np.diff(encoded.bounds[indices], axis=1)[:, 1:]),
-                 labels={name: torch.from_numpy(values[indices]) for name, values in encoded.labels.items()})
+                 labels={name: torch.from_numpy(values[indices]) for name, values in encoded.labels.items()},
+                 scale={unit: own[unit] / max(1, step[unit]) * (step["pairs"] / own["pairs"]) for unit in own})
 
 
-def batches(encoded, batch_size, device, longest_first=True):
-    """Yield (indices, Batch) over a whole encoded set, pairs of like length together."""
-    order = np.argsort(-encoded.lengths(), kind="stable") if longest_first else np.arange(len(encoded))
-    for start in range(0, len(encoded), batch_size):
-        indices = order[start:start + batch_size]
-        yield indices, pack(encoded, indices).to(device)
+def batches(encoded, batch_size, device, longest_first=True, together=None):
+    """Yield (indices, Batch) over a whole encoded set, pairs of like length together.
 
-
-def epoch_order(count, epochs, seed, group=None, shares=None, together=False):
-    """The order in which pairs are trained on: a permutation for each epoch, joined end to end.
-
-    group (count,): each pair's group. shares: an epoch has pairs of group i in proportion to shares[i], each group's
-    permutation repeated or cut and spread evenly over the epoch, so that every batch mixes them. together: the pairs
-    of a group stand next to each other, the groups in a new order in each epoch.
+    together (N,): numbers; pairs with the same number stay in one batch, which may then be larger.
     """
-    orders = []
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        if shares is not None:
-            members = [order[group[order] == i] for i in range(len(shares))]
-            sizes = [round(count * share / sum(shares)) for share in shares]
-            places = np.concatenate([(np.arange(size) + 0.5) / max(1, size) for size in sizes])
-            pieces = np.concatenate([np.resize(indices, size) for indices, size in zip(members, sizes)])
-            order = pieces[np.argsort(places, kind="stable")]
-        if together:
-            turn = np.random.default_rng([seed, epoch, 1]).permutation(group.max() + 1)
-            order = order[np.argsort(turn[group[order]], kind="stable")]
-        orders.append(order)
-    return np.concatenate(orders)
+    order, step = np.arange(len(encoded)), encoded.counts(slice(None))
+    if longest_first:
+        order = np.argsort(-encoded.lengths(), kind="stable")
+    starts = range(0, len(order), batch_size)
+    if together is not None:
+        order = np.argsort(together, kind="stable")
+        first = np.flatnonzero(np.diff(together[order], prepend=-1))  # where another number begins
+        starts = first[np.unique(np.searchsorted(first, np.arange(0, len(order), batch_size)).clip(max=len(first) - 1))]
+    for indices in np.split(order, list(starts)[1:]):
+        yield indices, pack(encoded, indices, step).to(device)

@@ -544,6 +544,22 @@ def names(text):
     return tuple(text.split(","))
 
 
+def source_names(text):
+    """"a,b" -> ("a", "b"); a path with a comma in it is one source."""
+    return (text,) if Path(text).exists() else tuple(text.split(","))
+
+
+def weighted_names(text):
+    """"help=2,harm" -> (("help", 2.0), ("harm", 1.0)); "help,harm" -> (("help", None), ("harm", None))."""
+    parts = [part.partition("=") for part in text.split(",") if part]
+    if len({name for name, _, _ in parts}) < len(parts):
+        raise argparse.ArgumentTypeError(f"a name stands there twice: {text}")
+    shares = [float(share or 1) if "=" in text else None for _, _, share in parts]
+    if not all(share is None or 0 < share < math.inf for share in shares):
+        raise argparse.ArgumentTypeError(f"a share must be a number more than 0: {text}")
+    return tuple((name, share) for (name, _, _), share in zip(parts, shares))
+
+
 def check_values(settings, values):
     """Raise UserError for a value that is not one of its field's choices, or out of its bounds."""
     for flag in fields(settings):

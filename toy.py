@@ -17,8 +17,8 @@ from functools import cache
 
 import tokenizers
 
-from data import Comparison, Tokenizer
-from model import write_text
+from data import Comparison, Tokenizer, encode
+from model import ModelConfig, Transformer, content_hash, write_text
 
 PLAIN = """bake: bread, a cake, a pie, some cookies | paint: a wall, a fence, a door, a chair | plant: a tree, some roses,
 some beans, a hedge | clean: a window, an oven, a carpet, a sink | fix: a lamp, a zip, a clock, a tap | fold: a shirt,
@@ -390,6 +390,42 @@ def make_tokenizer(folder):
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": CHAT_TEMPLATE}
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2))
     return Tokenizer(folder)
+
+
+# The base model
+
+MODEL = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=128, intermediate_size=384,
+             num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5,
+             tie_word_embeddings=True, hidden_act="silu", bos_token_id=0, eos_token_id=1)
+DEMONSTRATIONS = 30_000
+COMPARISONS = 3000
+
+
+def make_base(folder, seed):
+    """(a base model of random weights, its demonstrations, encoded); writes the tokenizer into the folder."""
+    tokenizer = make_tokenizer(folder)
+    rows = make_demonstrations(tokenizer, DEMONSTRATIONS, seed)
+    encoded = encode(tokenizer, [prompt for prompt, _ in rows], [(answer,) for _, answer in rows], max_len=256)
+    shape = ModelConfig.from_hf({**MODEL, "vocab_size": tokenizer.backend.get_vocab_size()})
+    return Transformer(shape).init_weights(seed, deviation=0.05), encoded  # 0.02 is for wider models
+
+
+def save_base(model, folder, seed, settings):
+    """Write the trained base model into its folder. settings: how it was trained."""
+    model.folder = folder
+    model.save_pretrained(folder)  # in its place, with the tokenizer's files
+    write_text(folder / "recipe.txt", recipe(Tokenizer(folder), seed, settings))
+
+
+def recipe(tokenizer, seed, settings):
+    """Hash of how a base model is made: a change of the toy world makes a new one."""
+    return content_hash([], MODEL, settings, DEMONSTRATIONS, make_demonstrations(tokenizer, 200, seed))
+
+
+def is_base(folder, seed, settings):
+    """True if the folder holds the base model of this recipe."""
+    path = folder / "recipe.txt"
+    return path.is_file() and path.read_text() == recipe(Tokenizer(folder), seed, settings)
 
 
 # Metrics and samples of the closing table

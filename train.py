@@ -20,16 +20,16 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import (SOURCES, TEMPLATES, VIEWS, Tokenizer, annotator_type, apply_view, batches, carry_scores, encode,
-                  encode_pairs, epoch_order, flip_labels, load_sources, pack, source_names, weighted_names)
+from data import (SOURCES, TEMPLATES, VIEWS, Tokenizer, annotator_type, apply_view, batches, carry_scores,
+                  encode_pairs, flip_labels, load_sources, pack)
 from eval import (Parser, add_margins, as_command, check_values, closing_tables, evaluate_run, kept_logps,
-                  mixture_report, names, numbers, pooled_states, setting, stop_signals)
+                  mixture_report, names, numbers, pooled_states, setting, source_names, stop_signals, weighted_names)
 from lora_moe import (WEIGHT_FOLDERS, add_experts, add_gate, add_head_copies, disable_experts, expert_layers,
                       expert_logps, freeze_experts, gate_weights, is_router, layer_names, load_adapter,
                       load_checkpoint, perturb_experts, router_weights, save_checkpoint, save_trained, set_routers,
                       trainable_parameters)
 from losses import policy_logps
-from model import (DTYPES, ModelConfig, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash,
+from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash,
                    find_folder, precision, read_config, read_json, write_text)
 
 # A method: what it consists of, and the forward pass and builder of most of them
@@ -79,7 +79,8 @@ PREFERENCE = ("beta", "label_smoothing")
 
 
 def sft(logps, reference, batch, config):
-    return losses.sft_loss(logps[:, 0], batch.lengths[:, 0])
+    loss, metrics = losses.sft_loss(logps[:, 0], batch.lengths[:, 0])
+    return loss * batch.scale["responses"], {"logps/chosen": metrics["logps/chosen"]}
 
 
 def dpo(logps, reference, batch, config):
@@ -148,9 +149,11 @@ def midpo(outputs, reference, batch, config):
     logps, weights = outputs
     loss, metrics = dpo(logps, reference, batch, config)
     safety, helpfulness = weights.unbind(-1)                                            # (L, tokens) each
-    l1 = losses.router_l1(safety, helpfulness)
-    return loss + config.router_l1 * l1, {**metrics, "router/l1": l1.detach(), "router/safety": safety.detach().mean(),
-                                          "router/helpfulness": helpfulness.detach().mean()}
+    scale = batch.scale["tokens"]
+    l1 = losses.router_l1(safety, helpfulness) * scale
+    return loss + config.router_l1 * l1, {**metrics, "router/l1": l1.detach(),
+                                          "router/safety": safety.detach().mean() * scale,
+                                          "router/helpfulness": helpfulness.detach().mean() * scale}
 
 
 def score_model_runs(config, names):
@@ -231,11 +234,12 @@ def pmol(outputs, reference, batch, config):
     group = batch.labels["group"][pair[pair >= 0]]                                      # (tokens,); -1: no preference
     soft = weights.new_zeros(())
     if (group >= 0).any():
-        soft = losses.expert_group_soft_loss(weights[:, group >= 0], group[group >= 0], target)
+        soft = losses.expert_group_soft_loss(weights[:, group >= 0], group[group >= 0], target) * batch.scale["grouped"]
+    weights, scale = weights.detach(), batch.scale["tokens"]
     return loss + config.egs_weight * soft, {
         **metrics, "router/soft_loss": soft.detach(),
-        "router/empty": 1 - weights[..., :config.experts].detach().sum(-1).mean(),
-        "router/entropy": torch.special.entr(weights.detach()).sum(-1).mean()}
+        "router/empty": (1 - weights[..., :config.experts].sum(-1).mean()) * scale,
+        "router/entropy": torch.special.entr(weights).sum(-1).mean() * scale}
 
 
 METHODS["pmol"] = Method(
@@ -275,7 +279,10 @@ def build_mixture(config, model, groups):
 def moe_dpo(outputs, reference, batch, config):
     logps, log_gate = outputs
     reference = reference.permute(2, 0, 1) if reference.dim() == 3 else reference.expand_as(logps)  # (K, N, 2)
-    annotator = batch.labels["group"] if config.latent == "annotator" else None
+    annotator = None
+    if config.latent == "annotator":  # a pair without one is an annotator of its own
+        group = batch.labels["group"]
+        annotator = torch.where(group < 0, -1 - torch.arange(len(group), device=group.device), group)
     return losses.moe_dpo_loss(logps, reference, log_gate, config.beta, config.objective, annotator,
                                config.q_temperature)
 
@@ -499,37 +506,19 @@ def parse_flags(argv):
 
 # The toy base model
 
-TOY_MODEL = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=128, intermediate_size=384,
-                 num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5,
-                 tie_word_embeddings=True, hidden_act="silu", bos_token_id=0, eos_token_id=1)
 TOY_BASE = dict(method="sft", lora_rank=0, lr=4e-3, weight_decay=0.05, batch_size=24, epochs=1, warmup=0.05)
-TOY_DEMONSTRATIONS = 30_000
-TOY_COMPARISONS = 3000
-
-
-def toy_recipe(tokenizer, seed):
-    """Hash of how the base model is made: a change of the toy world makes a new one."""
-    demonstrations = toy.make_demonstrations(tokenizer, 200, seed)
-    return content_hash([], TOY_MODEL, TOY_BASE, TOY_DEMONSTRATIONS, demonstrations)
 
 
 def toy_base(seed, device):
     """The folder of the toy base model, which is made on first use (about a minute on two CPU cores) and kept."""
     folder = Path("out") / f"toy-base-seed{seed}"
-    recipe = folder / "recipe.txt"
-    if recipe.is_file() and recipe.read_text() == toy_recipe(Tokenizer(folder), seed):
+    if toy.is_base(folder, seed, TOY_BASE):
         return folder
     print(f"making the toy base model, once: {folder}", flush=True)
     with atomic_folder(folder) as temporary:
-        tokenizer = toy.make_tokenizer(temporary)
-        rows = toy.make_demonstrations(tokenizer, TOY_DEMONSTRATIONS, seed)
-        encoded = encode(tokenizer, [prompt for prompt, _ in rows], [(answer,) for _, answer in rows], max_len=256)
-        shape = ModelConfig.from_hf({**TOY_MODEL, "vocab_size": tokenizer.backend.get_vocab_size()})
-        model = Transformer(shape).init_weights(seed, deviation=0.05).to(device)  # 0.02 is for wider models
-        train(model, encoded, None, resolve({**TOY_BASE, "seed": seed, "device": device}), temporary)
-        model.folder = temporary
-        model.save_pretrained(temporary)  # in its place, with the tokenizer's files
-        write_text(temporary / "recipe.txt", toy_recipe(tokenizer, seed))
+        model, demonstrations = toy.make_base(temporary, seed)
+        train(model.to(device), demonstrations, None, resolve({**TOY_BASE, "seed": seed, "device": device}), temporary)
+        toy.save_base(model, temporary, seed, TOY_BASE)
     return folder
 
 
@@ -541,7 +530,7 @@ HELD_OUT_PAIRS = 1000  # at most this many are measured: the standard error of a
 def load_data(config, tokenizer):
     """(pairs to train on, held-out pairs or None), tokenised. Prints what was kept, dropped and cut."""
     if config.on_toy:
-        train, test = toy.load_toy(TOY_COMPARISONS, config.seed, config.preferences, config.annotators,
+        train, test = toy.load_toy(toy.COMPARISONS, config.seed, config.preferences, config.annotators,
                                    config.harmful_share)
     else:
         train, test, lines = load_sources(config.data, config.seed, config.held_out, config.skip_bad_rows)
@@ -608,7 +597,7 @@ def measure(model, encoded, config):
     """The method's loss and metrics on held-out pairs: {"eval/loss": …, …}, means over the pairs."""
     model.eval()
     sums = {}
-    for indices, batch in batches(encoded, 4 * config.batch_size, config.device):
+    for indices, batch in batches(encoded, 4 * config.batch_size, config.device, together=annotators_of(encoded, config)):
         loss, metrics = batch_loss(model, batch, config)
         accumulate(sums, {"loss": loss, **metrics}, len(indices))
     model.train()
@@ -638,22 +627,55 @@ def make_optimizer(parameters, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
+def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
+    """The order in which pairs are trained on: a permutation for each epoch, joined end to end.
+
+    group (count,): each pair's group. shares: an epoch has pairs of group i in proportion to shares[i], each group's
+    permutation repeated or cut and spread evenly over the epoch, so that every batch mixes them. annotator (count,):
+    the pairs of an annotator stand next to each other, the annotators in a new order in each epoch.
+    """
+    orders = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        if shares is not None:
+            members = [order[group[order] == i] for i in range(len(shares))]
+            sizes = [round(count * share / sum(shares)) for share in shares]
+            places = np.concatenate([(np.arange(size) + 0.5) / max(1, size) for size in sizes])
+            pieces = np.concatenate([np.resize(indices, size) for indices, size in zip(members, sizes)])
+            order = pieces[np.argsort(places, kind="stable")]
+        if annotator is not None:
+            turn = np.random.default_rng([seed, epoch, 1]).permutation(annotator.max() + 1)
+            order = order[np.argsort(turn[annotator[order]], kind="stable")]
+        orders.append(order)
+    return np.concatenate(orders)
+
+
+def annotators_of(encoded, config):
+    """(N,) numbers of the annotators that share a latent expert, one for each pair without one; None without latents."""
+    if config.latent != "annotator":
+        return None
+    group = encoded.labels["group"]
+    return np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
+
+
 def training_order(encoded, config):
     """`epoch_order` with the shares of --groups, and with an annotator's pairs together where they share a latent."""
     group = encoded.labels.get("group")
     if config.annotators and config.shares:  # the shares are those of annotator types, the groups are annotators
         group = np.array([config.preferences.index(annotator_type(name)) for name in encoded.groups])[group]
-    return epoch_order(len(encoded), config.epochs, config.seed, group, config.shares, config.latent == "annotator")
+    return epoch_order(len(encoded), config.epochs, config.seed, group, config.shares, annotators_of(encoded, config))
 
 
 def train_step(model, parameters, optimizer, encoded, parts, config, sums):
     """One optimiser step on the pairs of `parts`, an index array for each forward pass; metrics go into sums."""
+    step = encoded.counts(np.concatenate(parts))
     for indices in parts:
-        loss, metrics = batch_loss(model, pack(encoded, indices).to(config.device), config)
-        (loss / len(parts)).backward()
-        accumulate(sums, {"loss": loss.detach(), **metrics})
+        loss, metrics = batch_loss(model, pack(encoded, indices, step).to(config.device), config)
+        share = len(indices) / step["pairs"]
+        (loss * share).backward()
+        accumulate(sums, {"loss": loss.detach(), **metrics}, share)
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf)
-    accumulate(sums, {"grad_norm": norm}, len(parts))
+    accumulate(sums, {"grad_norm": norm})
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -676,7 +698,7 @@ def train(model, encoded, held_out, config, out):
     wandb_run, metrics_file = start_wandb(config), open_metrics(out / "metrics.jsonl", first)
     bar = tqdm(range(first, steps), desc=config.method, unit="step", initial=first, total=steps)
     model.train()
-    sums, tokens, since, passes = {}, 0, time.perf_counter(), 0
+    sums, tokens, since, logged = {}, 0, time.perf_counter(), first
     with stop_signals() as came, metrics_file, bar:
         for step in bar:
             lr = learning_rate(step, steps, config)
@@ -684,11 +706,10 @@ def train(model, encoded, held_out, config, out):
                 group["lr"] = lr * group["factor"]
             indices = order.take(range(step * per_step, (step + 1) * per_step), mode="wrap")
             train_step(model, parameters, optimizer, encoded, np.split(indices, config.grad_accum), config, sums)
-            tokens, passes = tokens + int(lengths[indices].sum()), passes + config.grad_accum
-            done, last = step + 1, step + 1 == steps
+            tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps
             due = held_out is not None and (last or bool(config.eval_every) and done % config.eval_every == 0)
             if done % config.log_every == 0 or last or due:
-                row = {"step": done, **{name: float(total) / passes for name, total in sums.items()}, "lr": lr,
+                row = {"step": done, **{name: float(total) / (done - logged) for name, total in sums.items()}, "lr": lr,
                        "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
                     row.update(measure(model, held_out, config))
@@ -697,7 +718,7 @@ def train(model, encoded, held_out, config, out):
                 if wandb_run:
                     wandb_run.log(row)
                 bar.set_postfix({short: f"{row[name]:.4g}" for short, name in SHOWN.items() if name in row})
-                sums, tokens, since, passes = {}, 0, time.perf_counter(), 0
+                sums, tokens, since, logged = {}, 0, time.perf_counter(), done
             if came or (config.save_every and done % config.save_every == 0):
                 save_checkpoint(out, done, parameters, optimizer)
             if came:
