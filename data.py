@@ -912,3 +912,13 @@ def batches(encoded, batch_size, device, longest_first=True, together=None):
         starts = first[np.unique(np.searchsorted(first, np.arange(0, len(order), batch_size)).clip(max=len(first) - 1))]
     for indices in np.split(order, list(starts)[1:]):
         yield indices, pack(encoded, indices, step).to(device)
+
+
+def show_pair(tokenizer, encoded, index=0):
+    """What the model sees of one pair: its tokens, decoded one by one; those that are trained on stand in [ ]."""
+    bounds, lines = encoded.bounds[index], []
+    for part, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        pieces = [tokenizer.backend.decode([token], skip_special_tokens=False) for token in encoded.tokens[start:end]]
+        name = ("prompt", "chosen", "rejected")[part]
+        lines.append(f"{name} ({end - start} tokens)\n" + "".join(f"[{piece!r}]" if part else f" {piece!r} " for piece in pieces))
+    return "\n\n".join(lines) + "\n"

@@ -3,6 +3,8 @@
     python eval.py out/safedpo out/dpo          evaluate finished runs side by side
     python eval.py out/safedpo --split dev      on the development split, where settings are chosen
     python eval.py out/midpo --static 0.5,0.5   with its experts merged at fixed weights
+    python eval.py --merge out/safedpo --out DIR     as a plain checkpoint
+    python eval.py --export out/moe-dpo --out DIR    as one PEFT adapter for each expert, and gate.json
     python eval.py --score pairs.jsonl --reward_model DIR --cost_model DIR --out scored.jsonl
     python eval.py --make_pairs prompts.txt --model gpt2 --reward_model DIR,module:function --out pairs.jsonl
 
@@ -31,8 +33,8 @@ from tqdm import tqdm
 import toy
 from data import (TEMPLATES, Tokenizer, annotator_type, batches, encode, get_prompt, parse_line, read_lines,
                   read_rows, score_margin)
-from lora_moe import (count_experts, disable_experts, expert_layers, expert_logps, is_mixture, is_routed,
-                      load_trained, merge_experts, router_weights, set_routers, use_expert)
+from lora_moe import (count_experts, disable_experts, expert_layers, expert_logps, export_experts, is_mixture,
+                      is_routed, load_trained, merge_experts, router_weights, set_routers, use_expert)
 from losses import policy_logps
 from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_file, content_hash, files_hash, find_folder,
                    first_line, generate, precision, read_json, write_text)
@@ -76,13 +78,13 @@ def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
 
 
 def answer(model, tokenizer, prompts, seed, temperature, use="mixture", users="", max_new_tokens=64):
-    """[(response text, whether it came to its EOS)] to prompts, text or messages. use, users: see `choose_experts`."""
+    """[(response text, whether it came to its end)] to prompts, text or messages. use, users: see `choose_experts`."""
     rendered = [tokenizer.render(prompt) for prompt in prompts]
     if model.gate is not None:
         use_expert(model, choose_experts(model, tokenizer, rendered, use, users, seed))
-    tokens = tokenizer.encode(rendered)
-    outputs = generate(model, tokens, max_new_tokens, temperature, eos_ids=(tokenizer.eos_id,), seed=seed)
-    return [(tokenizer.decode(ids).strip(), ids[-1:] == [tokenizer.eos_id]) for ids in outputs]
+    tokens, stops = tokenizer.encode(rendered), {*tokenizer.stop_ids, *model.config.eos_ids}
+    outputs = generate(model, tokens, max_new_tokens, temperature, eos_ids=stops, seed=seed)
+    return [(tokenizer.answer(prompt, ids), ids[-1] in stops) for prompt, ids in zip(tokens, outputs)]
 
 
 # The toy oracle as a judge
@@ -117,8 +119,9 @@ def evaluate_preferences(model, tokenizer, names, split, seed, temperature=0.7, 
     return metrics
 
 
-def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="eval", preferences=()):
-    """Evaluate a policy beside its base; write eval.json and samples.txt into the run folder.
+def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static="", preferences=()):
+    """Evaluate a policy beside its base; write eval.json and samples.txt into the run folder (eval-dev.json for the
+    development split, eval-static-….json for experts merged at fixed weights).
 
     preferences: those of the toy world that the run mixed, which are scored as well. Returns (eval.json, samples).
     """
@@ -138,8 +141,9 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, name="e
         for prompt in () if preferences else toy.eval_prompts(split, seed):
             prompts.setdefault("harmful" if prompt.task.harmful else "safe", []).append(prompt)
         report["router"] = router_report(policy, tokenizer, prompts)
-    write_text(Path(out) / f"{name}.json", json.dumps(report, indent=2) + "\n")
-    write_text(Path(out) / f"{name.replace('eval', 'samples')}.txt", toy.samples(answers, count=20) + "\n")
+    suffix = f"-static-{static}" * bool(static) + "-dev" * (split == "dev")
+    write_text(Path(out) / f"eval{suffix}.json", json.dumps(report, indent=2) + "\n")
+    write_text(Path(out) / f"samples{suffix}.txt", toy.samples(answers, count=20) + "\n")
     return report, toy.samples(answers)
 
 
@@ -225,7 +229,7 @@ def closing_tables(reports):
 # Finished runs
 
 
-def load_policy(run):
+def load_policy(run, dtype="float32", device="cpu"):
     """The trained model of a run folder, its tokenizer and the run's settings."""
     run = Path(run)
     config = read_json(run / "config.json")
@@ -233,8 +237,8 @@ def load_policy(run):
         raise UserError(f"{run}: not a run folder of train.py")
     if config.get("method") in ("reward", "cost"):
         raise UserError(f"{run}: a score model, which answers nothing; --score FILE lets it judge")
-    model = load_trained(run, config["base"])
-    return model, Tokenizer(model.folder, config.get("template")), config
+    model = load_trained(run, config["base"], DTYPES[dtype], device)
+    return model, Tokenizer(config["base"], config.get("template")), config
 
 
 def toy_preferences(config):
@@ -243,14 +247,18 @@ def toy_preferences(config):
 
 
 def merge_static(policy, weights):
-    """The plain model with the experts merged at fixed weights, such as "0.5,0.5". Raises UserError."""
+    """The plain model with the experts merged at fixed weights, such as "0.5,0.5"; a single expert has weight 1."""
     count = count_experts(policy)
+    if not weights and (is_routed(policy) or count > 1):
+        raise UserError("--merge: this run mixes its experts by token or by prompt, which no plain checkpoint does; "
+                        "--static 0.5,0.5 merges them at fixed weights")
+    weights = weights or ",".join("1" * count)
     try:
         values = [float(weight) for weight in weights.split(",")]
     except ValueError:
         values = []
     if not count:
-        raise UserError(f"--static {weights}: this run has no experts to merge")
+        raise UserError("this run trained all weights: it has no experts to merge")
     if len(values) != count or not all(map(math.isfinite, values)):
         raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
     policy.gate = None
@@ -363,7 +371,7 @@ def add_margins(train, held_out, name, folder, template=None, dtype="float32", d
     """Give pairs their margins m = max(0, ±(s(chosen) − s(rejected))) by the score model in `folder`, in place; without
     one they keep those of the scores in the data. Returns a line about the training pairs' margins.
 
-    name: "reward" or "cost", whichever judges their view. Raises UserError when there are no margins at all.
+    name: "reward" or "cost", whichever judges their view. Raises UserError when a pair has no margin.
     """
     if folder:
         score_model = load_score_model(folder, template, dtype, device)
@@ -373,9 +381,9 @@ def add_margins(train, held_out, name, folder, template=None, dtype="float32", d
             for pair, (chosen, rejected) in zip(pairs, scores.tolist()):
                 pair.margin = score_margin(name, chosen, rejected)
     margins = [pair.margin for pair in train]
-    if not folder and not any(margins):
-        raise UserError(f"no margins: name a score model with --{name}_model, or use data whose rows have "
-                        f"scores.{name} (eval.py --score writes them)")
+    if None in margins:
+        raise UserError(f"no margins: {margins.count(None)} of {len(margins)} pairs have no scores.{name}; name a score "
+                        f"model with --{name}_model, or score the data (eval.py --score)")
     return (f"margins by {folder or 'the scores in the data'}: mean {np.mean(margins):.3g}, clipped to 0 in "
             f"{margins.count(0.0) / len(margins):.1%} of the pairs")
 
@@ -392,26 +400,26 @@ def response_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
     return logps
 
 
-def logps_hash(model, encoded, dtype):
-    """Hash of everything that log-probs of the base depend on: weights, tokens and precision."""
+LOGPS_CACHE = Path("out/cache")  # may be deleted at any time
+
+
+def cached_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
+    """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
+    in use, tokens and precision. Every run that needs the same finds them."""
     digest = hashlib.blake2b(dtype.encode(), digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if not is_mixture(name):
+    experts = dict(expert_layers(model))
+    used = {name: layer.router.weights for name, layer in experts.items() if layer.enabled}
+    for name, tensor in (*model.state_dict().items(), *used.items()):
+        if used or not is_mixture(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    digest.update(encoded.tokens)
-    digest.update(encoded.bounds)
-    return digest.hexdigest()
-
-
-def kept_logps(model, encoded, folder, name, batch_size, dtype="float32", device="cpu"):
-    """`response_logps` of the base, kept in folder/<name>-<hash>.safetensors and read from there the next time."""
-    path = Path(folder) / f"{name}-{logps_hash(model, encoded, dtype)}.safetensors"
+    for array in (encoded.tokens, encoded.bounds):
+        digest.update(np.ascontiguousarray(array))
+    path = LOGPS_CACHE / f"logps-{digest.hexdigest()}.safetensors"
     if path.is_file():
         return load_file(path)["logps"]
     logps = response_logps(model, encoded, batch_size, dtype, device)
-    for old in Path(folder).glob(f"{name}-*.safetensors"):
-        old.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         save_file({"logps": logps}, temporary)
     return logps
@@ -441,15 +449,15 @@ def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dt
         whole = [len(line) for line in file if line.endswith(b"\n")]
         file.truncate(sum(whole))  # a line that a kill cut short is written again
     counts = Counter()
-    rows = read_rows([path], counts, skip_bad_rows)
+    rows = (row for row in read_rows([path], counts, skip_bad_rows) if row[1] is not None)  # not those of messages
     for _ in itertools.islice(rows, len(whole)):
         pass
     with open(partial, "a", encoding="utf-8") as file, tqdm(initial=len(whole), desc="scores", unit="row") as bar:
         while block := list(itertools.islice(rows, BLOCK)):
-            texts = [(prompt, response) for _, prompt, responses, _ in block for response in responses]
+            texts = [(prompt, response) for _, prompt, responses, *_ in block for response in responses]
             scores = {name: iter(score(*score_model, texts, max_len, batch_size, device))
                       for name, score_model in score_models.items()}
-            for row, _, responses, _ in block:
+            for row, _, responses, *_ in block:
                 added = {name: list(itertools.islice(values, len(responses))) for name, values in scores.items()}
                 row["scores"] = {**(row["scores"] or {}), **added}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -496,7 +504,7 @@ def read_prompts(path):
 def make_pairs(path, policy, scorers, out, template=None, samples=4, max_new_tokens=64, temperature=1.0, batch_size=16,
                dtype="float32", device="cpu", seed=0):
     """Sample responses to each prompt from a policy, and for each scorer write the best against the worst of them:
-    {"prompt", "chosen", "rejected", "group": the scorer, "scores"}; a prompt whose responses score alike gives none.
+    {"prompt", "chosen", "rejected", "ended", "group": the scorer, "scores"}; none where all responses score alike.
 
     This is the protocol of Mix-DPO's IMDb study (arXiv 2510.08256, Section 5): GPT-2, several rewards, one data set.
     """
@@ -504,21 +512,21 @@ def make_pairs(path, policy, scorers, out, template=None, samples=4, max_new_tok
     folder = find_folder(policy)
     model, tokenizer = Transformer.from_pretrained(folder, DTYPES[dtype], device).eval(), Tokenizer(folder, template)
     tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts])
-    stops, counts, rows = (*model.config.eos_ids, tokenizer.eos_id), Counter(), []
+    stops, counts, rows = {*model.config.eos_ids, *tokenizer.stop_ids}, Counter(), []
     for start in tqdm(range(0, len(prompts), batch_size), desc="pairs", unit="batch"):
         batch = [(prompt, ids) for prompt, ids in zip(prompts[start:start + batch_size], tokens[start:])
                  for _ in range(samples)]
         outputs = generate(model, [ids for _, ids in batch], max_new_tokens, temperature, eos_ids=stops, seed=seed)
-        texts = [(prompt, tokenizer.decode(ids).strip()) for (prompt, _), ids in zip(batch, outputs)]
+        texts = [(prompt, tokenizer.answer(before, ids)) for (prompt, before), ids in zip(batch, outputs)]
         for name, scorer in scorers:
             scores = scorer(texts)
             for i in range(0, len(texts), samples):
-                scored = list(zip(scores[i:i + samples], texts[i:i + samples]))
-                (high, (prompt, best)), (low, (_, worst)) = (f(scored, key=lambda pair: pair[0]) for f in (max, min))
-                if high > low:
-                    rows.append({"prompt": prompt, "chosen": best, "rejected": worst, "group": name,
-                                 "scores": {name: [high, low]}})
-                counts[name] += high > low
+                best, worst = (f(range(i, i + samples), key=lambda j: scores[j]) for f in (max, min))
+                if scores[best] > scores[worst]:
+                    rows.append({"prompt": texts[i][0], "chosen": texts[best][1], "rejected": texts[worst][1],
+                                 "ended": [outputs[j][-1] in stops for j in (best, worst)], "group": name,
+                                 "scores": {name: [scores[best], scores[worst]]}})
+                counts[name] += scores[best] > scores[worst]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{len(prompts)} prompts, {samples} responses each; pairs: "
@@ -540,12 +548,8 @@ def numbers(text):
     return tuple(float(part) for part in text.split(","))
 
 
-def names(text):
-    return tuple(text.split(","))
-
-
 def source_names(text):
-    """"a,b" -> ("a", "b"); a path with a comma in it is one source."""
+    """"a,b" -> ("a", "b"); a path with a comma in it is one. Such a flag may also be given several times."""
     return (text,) if Path(text).exists() else tuple(text.split(","))
 
 
@@ -597,7 +601,8 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(f"--{flag.name}", action="store_true", help=help)
             else:
                 kind = flag.type.__name__ if flag.type in (int, float) else "text"
-                group.add_argument(f"--{flag.name}", type=flag.metadata["read"] or flag.type, metavar=kind, help=help)
+                group.add_argument(f"--{flag.name}", type=flag.metadata["read"] or flag.type, metavar=kind, help=help,
+                                   action="extend" if flag.metadata["read"] is source_names else "store")
         self.add_argument("--help", action="store_true", help="show this text and stop")
 
     def error(self, message):
@@ -641,11 +646,13 @@ class Settings:
     """The flags of this program."""
     split: str = setting("test", "toy prompts", "runs", ("dev", "test"))
     temperature: float = setting(0.7, "of the answers", least=0)
-    static: str = setting("", "merge the experts of the runs at these fixed weights instead: 0.5,0.5")
+    static: str = setting("", "with the experts of the runs merged at these fixed weights: 0.5,0.5")
+    merge: str = setting("", "run folder whose expert is merged into a plain checkpoint, --out; several at --static")
+    export: str = setting("", "run folder of a mixture: --out gets a PEFT adapter for each expert, and gate.json")
     make_pairs: str = setting("", "file of prompts that --model answers; --reward_model A,B,C, score models or Python "
                                   "functions module:function, make pairs of the answers", "preference data")
     score: str = setting("", "preference file whose responses are scored")
-    out: str = setting("", "the .jsonl file that --score or --make_pairs writes")
+    out: str = setting("", "folder of --merge or --export; .jsonl file of --score or --make_pairs")
     model: str = setting("", "the policy of --make_pairs: a folder or hub id")
     samples: int = setting(4, "answers to each prompt of --make_pairs", least=2)
     max_new_tokens: int = setting(64, "tokens of each such answer", least=1)
@@ -665,16 +672,29 @@ def evaluate_runs(runs, args):
     """Evaluate finished toy runs, each beside the base that it started from, and print one table."""
     reports = {}
     for run in runs:
-        policy, tokenizer, config = load_policy(run)
+        policy, tokenizer, config = load_policy(run, args.dtype, args.device)
         if config["model"] != "toy":
             raise UserError(f"{run}: only the toy world has a judge here; this run is about {config['model']}")
         if args.static:
             policy = merge_static(policy, args.static)
-        base = Transformer.from_pretrained(config["base"])
+        base = Transformer.from_pretrained(config["base"], DTYPES[args.dtype], args.device)
         report, _ = evaluate_run(policy, base, tokenizer, run, args.split, config["seed"], args.temperature,
-                                 f"eval-static-{args.static}" if args.static else "eval", toy_preferences(config))
+                                 args.static, toy_preferences(config))
         reports[f"{run} at {args.static}" if args.static else str(run)] = report
     print(closing_tables(reports))
+
+
+def write_out(args):
+    """--merge and --export: what was trained, in formats that other software reads."""
+    if not args.out or Path(args.out).exists():
+        raise UserError(f"--out {args.out}: name a folder that is not there yet")
+    policy, tokenizer, config = load_policy(args.merge or args.export, args.dtype, args.device)
+    if args.merge:
+        template = tokenizer.chat_template if config["template"] in TEMPLATES else None
+        merge_static(policy, args.static).save_pretrained(args.out, template)
+    else:
+        export_experts(policy, args.out, config["template"])
+    print(f"{args.merge or args.export}: written to {args.out}")
 
 
 def main(argv=None):
@@ -690,7 +710,7 @@ def main(argv=None):
         if not (args.model and args.reward_model and args.out.endswith(".jsonl")):
             raise UserError("--make_pairs needs --model, --reward_model and --out FILE.jsonl")
         scorers = [load_scorer(name, args.score_template, args.max_len, args.batch_size, args.dtype, args.device)
-                   for name in args.reward_model.split(",")]
+                   for name in source_names(args.reward_model)]
         make_pairs(args.make_pairs, args.model, scorers, args.out, args.template, args.samples, args.max_new_tokens,
                    args.temperature, args.batch_size, args.dtype, args.device, args.seed)
     elif args.score:
@@ -699,6 +719,8 @@ def main(argv=None):
             raise UserError("--score needs --out FILE.jsonl and at least one of --reward_model and --cost_model")
         score_file(args.score, models, args.out, args.template, args.max_len, args.batch_size, args.dtype, args.device,
                    args.skip_bad_rows)
+    elif args.merge or args.export:
+        write_out(args)
     elif runs:
         evaluate_runs(runs, args)
     else:

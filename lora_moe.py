@@ -12,23 +12,27 @@ then adapter and mixture files.
 Letters in shape comments: B rows, T tokens per row, N pairs, K experts, R rank (in log-probs: responses), D width,
 L wrapped layers.
 """
+import hashlib
 import json
 import math
 import re
+import shutil
 from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from losses import sequence_logps
 from model import (ScoreModel, Transformer, UserError, atomic_folder, first_line, read_json, read_tensors,
-                   stored_name)
+                   stored_name, write_text)
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
@@ -438,23 +442,25 @@ def fuse(layers, names):
     return torch.cat([part.lora_A for part in wrapped]), B
 
 
-def save_adapter(model, folder, base_name=None):
-    """Write a model's single expert in PEFT's format: adapter_config.json and adapter_model.safetensors.
+def save_adapter(model, folder, template=None, number=0):
+    """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    base_name: what the adapter belongs to, for PEFT's own loader (default: the folder the model came from).
+    Its metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`.
     """
-    layers = dict(expert_layers(model))
+    layers = {name: SimpleNamespace(
+        lora_A=layer.lora_A.detach().view(layer.num_experts, layer.rank, -1)[number],
+        lora_B=layer.lora_B.detach().view(-1, layer.num_experts, layer.rank)[:, number], rank=layer.rank,
+        alpha=layer.alpha, rslora=layer.rslora, base=layer.base) for name, layer in expert_layers(model)}
     first = next(iter(layers.values()))
-    assert all(isinstance(layer.router, ConstantRouter) and layer.router.weights.tolist() == [1.0]
-               for layer in layers.values()), "PEFT's format holds one expert of weight 1"
+    assert not is_routed(model), "PEFT's format holds experts without a router"
     modules = peft_modules(model)
     wrapped = {theirs: names for theirs, names in modules.items() if any(name in layers for name in names)}
     tensors, ranks, alphas = {}, {}, {}
     for theirs, names in wrapped.items():
         A, B = fuse(layers, names)
         layer = next(layers[name] for name in names if name in layers)
-        tensors[f"base_model.model.{theirs}.lora_A.weight"] = A.detach().contiguous()
-        tensors[f"base_model.model.{theirs}.lora_B.weight"] = B.detach().contiguous()
+        tensors[f"base_model.model.{theirs}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{theirs}.lora_B.weight"] = B.contiguous()
         growth = len(A) / layer.rank  # PEFT divides by the rank that it sees
         alpha = layer.alpha * (math.sqrt(growth) if layer.rslora else growth)
         if len(A) != first.rank:
@@ -465,14 +471,40 @@ def save_adapter(model, folder, base_name=None):
     if select_modules(targets, modules) != list(wrapped):  # short names only where they mean these layers and no other
         targets = sorted(wrapped)
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_name or model.folder),
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.origin,
         "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora, "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
         "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
     }
     with atomic_folder(folder) as temporary:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, temporary / "adapter_model.safetensors",
+                  {"format": "pt", "base": base_hash(model), "template": template or "chat"})
+
+
+def base_hash(model):
+    """Hash of a sample of the base's weights, rounded to bfloat16: the same whatever precision they are loaded in."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if not is_mixture(name):
+            sample = tensor.detach().flatten()[::tensor.numel() // 4096 + 1].to("cpu", torch.bfloat16)
+            digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
+            digest.update(sample.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def adapter_warnings(model, folders, template=None):
+    """A line for each adapter that was trained on another base or with another template than these."""
+    warnings, base = [], base_hash(model)
+    for folder in folders:
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("base", base) != base:
+            warnings.append(f"warning: {folder} was trained on other base weights than those of {model.origin}")
+        if metadata.get("template", template or "chat") != (template or "chat"):
+            warnings.append(f"warning: {folder} was trained with --template {metadata['template']}, not "
+                            f"{template or 'chat'}")
+    return warnings
 
 
 def read_adapter_config(path):
@@ -596,30 +628,119 @@ def load_experts(model, folder):
     return model
 
 
-# What a run trained
+def export_experts(model, folder, template=None):
+    """Write a mixture as one PEFT adapter for each expert, expert-0 …, and gate.json, for servers of many adapters.
+
+    gate.json: "weights" of the experts, {user: weights} under "users" for a gate on users, or for a gate on prompts
+    "weight" (D, K) and "bias": softmax(mean hidden state of the prompt under the base · weight + bias). Raises
+    UserError for routers, whose weights differ from token to token.
+    """
+    if model.gate is None:
+        raise UserError("--export: only mix-dpo and moe-dpo have experts that are whole policies; a run of MidPO or PMoL "
+                        "routes every token, which no adapter format describes, and one adapter is in PEFT's format already")
+    with torch.no_grad():
+        gate = {"kind": model.gate.kind, "experts": [f"expert-{k}" for k in range(count_experts(model))]}
+        if model.gate.kind == "prompt":
+            gate |= {"weight": model.gate.weight.tolist(), "bias": model.gate.bias.tolist()}
+        else:
+            gate["weights"] = model.gate(group=torch.tensor([-1])).exp()[0].tolist()
+        if model.gate.kind == "user":
+            users = model.gate.spec["groups"]
+            gate["users"] = dict(zip(users, model.gate(group=torch.arange(len(users))).exp().tolist()))
+    with atomic_folder(folder) as temporary:
+        for k, name in enumerate(gate["experts"]):
+            save_adapter(model, temporary / name, template, k)
+        (temporary / "gate.json").write_text(json.dumps(gate, indent=2) + "\n", encoding="utf-8")
+
+
+# A run folder: config.json, metrics.jsonl, checkpoint/, and what was trained. A run that finds a finished one, or a
+# checkpoint, works in new/ and takes its place when it is finished itself.
 
 WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
+RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt", "checkpoint",
+             *WEIGHT_FOLDERS)
 
 
-def save_trained(model, out):
-    """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts."""
-    experts = [layer for _, layer in expert_layers(model)]
-    if isinstance(model, ScoreModel) or not experts:
-        merge_experts(model).save_pretrained(out / "model")
-    elif experts[0].num_experts == 1 and isinstance(experts[0].router, ConstantRouter) and model.gate is None:
-        save_adapter(model, out / "adapter")
+def read_settings(out):
+    """The config.json of a run folder, {} without one."""
+    return read_json(out / "config.json") if (out / "config.json").is_file() else {}
+
+
+def open_run(out, settings, free, resume):
+    """The folder to work in, made, with config.json: out, or out/new; None if the run is finished and resumed.
+
+    settings: for config.json; free: names of those that may change when a run is resumed. Raises UserError when the
+    folder cannot be written, or a run is resumed with other settings.
+    """
+    finish_move(out)
+    for folder in (out / "new", out) if resume else ():
+        before = read_settings(folder)
+        if before.get("finished") or (folder / "checkpoint").is_dir():
+            for name in settings.keys() - free:
+                if before.get(name) != settings[name]:
+                    raise UserError(f"--resume: the run in {folder} has {name} = {before.get(name)}, not {settings[name]}")
+            return None if before.get("finished") else folder
+    work = out / "new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        for path in run_files(work):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_text(work / "config.json", json.dumps(settings, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return work
+
+
+def run_files(folder):
+    return [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+
+
+def close_run(out, work):
+    """Mark a run as finished, and move it from out/new to its place."""
+    write_text(work / "config.json", json.dumps({**read_settings(work), "finished": True}, indent=2) + "\n")
+    shutil.rmtree(work / "checkpoint", ignore_errors=True)
+    if work != out:
+        work.rename(out / "done")
+        finish_move(out)
+
+
+def finish_move(out):
+    """Put out/done in the place of the earlier run; goes on wherever a kill interrupted it."""
+    done, partial, old = out / "done", out / "old.partial", out / "old"
+    if done.is_dir() and not old.is_dir():
+        partial.mkdir(exist_ok=True)
+        for path in run_files(out):
+            path.rename(partial / path.name)
+        partial.rename(old)  # from here on, what lies in out is the new run's
+    for path in done.glob("*"):
+        path.rename(out / path.name)
+    if done.is_dir():
+        done.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_trained(model, out, template=None, chat_template=None):
+    """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts.
+
+    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's.
+    """
+    if isinstance(model, ScoreModel) or not count_experts(model):
+        merge_experts(model).save_pretrained(out / "model", chat_template)
+    elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:
+        save_adapter(model, out / "adapter", template)
     else:
         save_experts(model, out / "experts")
 
 
-def load_trained(run, base):
+def load_trained(run, base, dtype=torch.float32, device="cpu"):
     """The language model that `save_trained` wrote into a run folder, on its base. Raises UserError without one."""
     kind = next((name for name in WEIGHT_FOLDERS if (run / name).is_dir()), None)
     if kind is None:
         raise UserError(f"{run}: no trained weights (no {', '.join(WEIGHT_FOLDERS)}); did the run finish?")
+    model = Transformer.from_pretrained(run / kind if kind == "model" else base, dtype, device)
     if kind == "model":
-        return Transformer.from_pretrained(run / "model")
-    return (load_adapter if kind == "adapter" else load_experts)(Transformer.from_pretrained(base), run / kind)
+        return model
+    return (load_adapter if kind == "adapter" else load_experts)(model, run / kind)
 
 
 def save_checkpoint(out, step, parameters, optimizer):

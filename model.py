@@ -429,8 +429,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.folder = config, None  # folder: the checkpoint that the weights were loaded from
-        self.gate = None                         # of a mixture: lora_moe.Gate
+        self.config, self.folder, self.origin = config, None, ""  # the loaded checkpoint: its folder; its path or hub id
+        self.gate = None                                         # of a mixture: lora_moe.Gate
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
@@ -472,15 +472,15 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = cls(read_config(folder))
         load_weights(model, folder, dtype, device)
-        model.folder = folder
+        model.folder, model.origin = folder, str(folder.resolve() if folder == Path(name_or_dir) else name_or_dir)
         return model
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder, chat_template=None):
         """Write config.json, safetensors (in shards above 5 GB) and the tokenizer's files, atomically.
 
-        `transformers` loads the folder.
+        `transformers` loads the folder. chat_template: in place of the tokenizer's.
         """
-        write_checkpoint(self, folder)
+        write_checkpoint(self, folder, chat_template)
 
 
 class ScoreModel(nn.Module):
@@ -493,7 +493,7 @@ class ScoreModel(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.folder = config, None
+        self.config, self.folder, self.origin = config, None, ""
         self.model = Trunk(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=config.score_bias)
         if config.normalizer:
@@ -503,8 +503,10 @@ class ScoreModel(nn.Module):
 
     def forward(self, tokens, last, positions=None, mask=None):
         """tokens (B, T), last (N,) flat indices of the last real token of each sequence -> scores (N,) float32."""
-        hidden = self.model(tokens, positions, mask)
-        score = self.score(hidden.flatten(0, 1)[last]).float().squeeze(-1)   # (N,)
+        hidden = self.model(tokens, positions, mask).flatten(0, 1)[last]     # (N, D)
+        with torch.autocast(hidden.device.type, enabled=False):              # the head is small: float32 costs nothing
+            bias = None if self.score.bias is None else self.score.bias.float()
+            score = F.linear(hidden.float(), self.score.weight.float(), bias).squeeze(-1)
         if self.config.normalizer == "affine":
             score = score - self.normalizer.mean
         if self.config.normalizer:
@@ -519,8 +521,9 @@ class ScoreModel(nn.Module):
         """A score model on the trunk of a Transformer. The head is zero-initialised, so all scores start at 0."""
         with torch.device("meta"):
             model = cls(policy.config)
-        model.model, model.folder, weight = policy.model, policy.folder, policy.model.embed_tokens.weight
-        model.score = nn.Linear(policy.config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
+        model.model, model.folder, model.origin = policy.model, policy.folder, policy.origin
+        weight = policy.model.embed_tokens.weight
+        model.score = nn.Linear(policy.config.hidden_size, 1, bias=False, device=weight.device)
         nn.init.zeros_(model.score.weight)
         return model
 
@@ -783,8 +786,10 @@ def load_weights(model, folder, dtype, device):
                     name.startswith("normalizer.") and not config.normalizer):
                 continue
             stored = f"transformer.{name}" if f"transformer.{name}" in layout else name  # GPT-2's first files
-            if stored not in layout:
+            if stored not in layout and not (isinstance(model, ScoreModel) and name == "lm_head.weight"):
                 raise UserError(f"{path}: unexpected tensor {name}")
+            if stored not in layout:
+                break  # a language model: its score head is missing
             if is_conv1d(stored):
                 tensor = tensor.transpose(0, -1).contiguous()
             for ours, part in zip(layout[stored], tensor.chunk(len(layout[stored]))):
@@ -797,6 +802,9 @@ def load_weights(model, folder, dtype, device):
                 part = part.to(device)
                 setattr(module, key, nn.Parameter(part) if isinstance(slot, nn.Parameter) else part)
             missing.discard(stored)
+    if isinstance(model, ScoreModel) and f"{config.score_name}.weight" in missing:
+        raise UserError(f"{folder}: a language model ({', '.join(config.hf.get('architectures') or ['?'])}), not a score "
+                        f"model: it has no {config.score_name}.weight")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: tensor {min(missing)} is missing{more}")
@@ -825,7 +833,7 @@ def atomic_folder(folder):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def write_checkpoint(model, folder):
+def write_checkpoint(model, folder, chat_template=None):
     """The body of `save_pretrained`, the same for language and score models."""
     weights, tensors = model.state_dict(), {}
     kind, config = model.config.model_type, dict(model.config.hf)
@@ -848,3 +856,5 @@ def write_checkpoint(model, folder):
         for name in TOKENIZER_FILES:
             if model.folder and (model.folder / name).is_file():
                 shutil.copyfile(model.folder / name, temporary / name)
+        if chat_template:
+            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")

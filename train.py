@@ -7,7 +7,6 @@ reference log-probs, the training loop, and the steps of a run in `run` and `mai
 import difflib
 import json
 import math
-import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -21,16 +20,18 @@ from tqdm import tqdm
 import losses
 import toy
 from data import (SOURCES, TEMPLATES, VIEWS, Tokenizer, annotator_type, apply_view, batches, carry_scores,
-                  encode_pairs, flip_labels, load_sources, pack)
-from eval import (Parser, add_margins, as_command, check_values, closing_tables, evaluate_run, kept_logps,
-                  mixture_report, names, numbers, pooled_states, setting, source_names, stop_signals, weighted_names)
-from lora_moe import (WEIGHT_FOLDERS, add_experts, add_gate, add_head_copies, disable_experts, expert_layers,
-                      expert_logps, freeze_experts, gate_weights, is_router, layer_names, load_adapter,
-                      load_checkpoint, perturb_experts, router_weights, save_checkpoint, save_trained, set_routers,
-                      trainable_parameters)
+                  encode_pairs, flip_labels, load_sources, pack, require, show_pair)
+from eval import (Parser, add_margins, as_command, cached_logps, check_values, closing_tables, evaluate_run,
+                  mixture_report, numbers, pooled_states, setting, source_names, stop_signals, weighted_names)
+from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, close_run, count_experts,
+                      disable_experts, expert_layers, expert_logps, freeze_experts, gate_weights, is_router,
+                      layer_names, load_adapter, load_checkpoint, open_run, perturb_experts, read_adapter_config,
+                      read_settings, router_weights, save_checkpoint, save_trained, set_routers,
+                      trainable_parameters, use_expert)
 from losses import policy_logps
-from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash,
-                   find_folder, precision, read_config, read_json, write_text)
+from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash, find_folder,
+                   precision, read_config, write_text)
+
 
 # A method: what it consists of, and the forward pass and builder of most of them
 
@@ -47,6 +48,11 @@ def build_policy(config, model, groups):
     return add_lora(config, model) if config.lora_rank else model
 
 
+def check_policy(config):
+    if len(config.init_adapter) > 1:
+        raise UserError(f"--init_adapter: {len(config.init_adapter)} adapters, but --method {config.method} trains one")
+
+
 @dataclass(frozen=True)
 class Method:
     """A view of the comparisons × what is trained × a loss.
@@ -59,17 +65,21 @@ class Method:
     build: Callable = build_policy
     reads: tuple = ()             # the flags that it reads and not every method does
     responses: int = 2            # 1: only the chosen response is trained on
-    reference: bool = True        # whether the loss compares with the reference policy
-    margins: bool = False         # whether pairs need margins of a score model
+    reference: str = "start"      # the policy that the loss compares with: the start, the base below it, or "" for none
+    labels: tuple = ()            # of Pair, without which the loss is not defined
     preset: dict = field(default_factory=dict)  # settings that differ from the defaults in Config, as on a command line
     toy: dict = field(default_factory=dict)     # … and on a toy model from those in TOY
-    check: Callable = lambda config: None                    # raises UserError for settings that do not fit together
+    check: Callable = check_policy                           # raises UserError for settings that do not fit together
     prerequisites: Callable = lambda config: ([], {})        # runs before this one; settings that name their results
     settle: Callable = lambda config, groups: config         # settings that depend on the data
     prepare: Callable = lambda model, encoded, config: None  # adds labels that need the model
     report: Callable | None = None                           # diagnostics of the trained model, for experts.json
 
 
+# On toy models, chosen on the development split. For other models the defaults in Config are those of SafeDPO's paper,
+# LoRA's learning rate MidPO's; where a method's preset differs, its comment says whose it is. The papers' global batches
+# are larger (8 or 4 pairs a GPU, on several): --grad_accum.
+TOY = {"epochs": 2, "lora_rank": 16, "lr": lambda v: 1.6e-4 if v["lora_rank"] else 1.6e-5}
 METHODS = {}
 PREFERENCE = ("beta", "label_smoothing")
 
@@ -92,9 +102,11 @@ def safedpo(logps, reference, batch, config):
                                config.beta, config.delta, config.label_smoothing)
 
 
-METHODS["sft"] = Method("helpful", sft, responses=1, reference=False, reads=("init_adapter",))
+METHODS["sft"] = Method("helpful", sft, responses=1, reference="", reads=("init_adapter", "turns"), toy={"lr": TOY["lr"]},
+                        preset={"lr": lambda v: 1e-4 if v["lora_rank"] else 2e-5})  # safe-rlhf's; LoRA: ours
 METHODS["dpo"] = Method("helpful", dpo, reads=("init_adapter", *PREFERENCE))
-METHODS["safedpo"] = Method("safedpo", safedpo, reads=("init_adapter", *PREFERENCE, "delta"))
+METHODS["safedpo"] = Method("safedpo", safedpo, reads=("init_adapter", *PREFERENCE, "delta"),
+                            labels=("chosen_unsafe", "rejected_unsafe"))
 
 # Reward and cost models: the policy's trunk under a scalar head, read at the last token.
 # Bradley-Terry on which response is better (arXiv 2203.02155); a cost model also learns the sign (arXiv 2310.12773).
@@ -114,17 +126,21 @@ def build_score_model(config, model, groups):
 
 
 def reward(scores, reference, batch, config):
-    return losses.reward_loss(*scores.T)
+    loss, metrics = losses.reward_loss(*scores.T)
+    return loss + config.score_l2 * scores.square().mean(), metrics
 
 
 def cost(scores, reference, batch, config):
-    return losses.cost_loss(*scores.T, batch.labels["chosen_unsafe"], batch.labels["rejected_unsafe"])
+    loss, metrics = losses.cost_loss(*scores.T, batch.labels["chosen_unsafe"], batch.labels["rejected_unsafe"])
+    return loss + config.score_l2 * scores.square().mean(), metrics
 
 
-SCORE_MODEL = dict(forward=response_scores, build=build_score_model, reference=False,
-                   preset={"lr": 2e-5, "lora_rank": 0}, toy={"lr": 3e-4, "epochs": 1})
+SCORE_MODEL = dict(forward=response_scores, build=build_score_model, reference="", reads=("score_l2",),
+                   preset={"lr": lambda v: 1e-4 if v["lora_rank"] else 2e-5, "lora_rank": 0, "epochs": 2,
+                           "weight_decay": 0.1},  # safe-rlhf's; LoRA: ours
+                   toy={"lr": 3e-4, "epochs": 1, "weight_decay": 0.05, "score_l2": 0.0})
 METHODS["reward"] = Method("helpful", reward, **SCORE_MODEL)
-METHODS["cost"] = Method("cost", cost, **SCORE_MODEL)
+METHODS["cost"] = Method("cost", cost, **SCORE_MODEL, labels=("chosen_unsafe", "rejected_unsafe"))
 
 # SPE-DPO and MidPO (arXiv 2506.02460): an expert for safety and one for helpfulness, each by DPO with a margin m of a
 # score model; then, both frozen, a router in every layer learns by DPO on D_dual how much of each a token gets.
@@ -194,11 +210,11 @@ def check_rank(config):
 
 SCORES = ("reward_model", "cost_model", "score_template")
 METHODS["spe-dpo"] = Method(
-    "safety", spe_dpo, margins=True, prerequisites=spe_dpo_prerequisites, reads=("init_adapter", *PREFERENCE, *SCORES),
+    "safety", spe_dpo, labels=("margin",), prerequisites=spe_dpo_prerequisites, reads=("init_adapter", *PREFERENCE, *SCORES),
     preset={"lora_rank": 16, "weight_decay": 0.01},
     toy={"epochs": lambda v: 1 if v["view"] == "helpful" else 2})  # about as many steps for either expert
 METHODS["midpo"] = Method(
-    "dual", midpo, routed_logps, build_midpo, check=check_midpo, prerequisites=midpo_prerequisites,
+    "dual", midpo, routed_logps, build_midpo, reference="base", check=check_midpo, prerequisites=midpo_prerequisites,
     reads=("init_adapter", *PREFERENCE, *SCORES, "router_l1", "router_hidden", "router_lr"),
     preset={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
     toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7})
@@ -272,7 +288,6 @@ def build_mixture(config, model, groups):
     layers = [name for name, _ in expert_layers(model)]
     if "lm_head" in layers and len(layers) > 1:
         raise UserError("--lora_targets: a mixture has its experts in lm_head or below it, not in both")
-    perturb_experts(model, config.expert_noise, config.seed)
     return add_gate(model, config.gate, groups)
 
 
@@ -334,6 +349,7 @@ class Config:
     beta: float = setting(0.1, "KL strength: reward = beta · log-ratio to the reference", above=0)
     delta: float = setting(10.0, "SafeDPO's offset on safe/unsafe pairs, in units of reward", least=0)
     label_smoothing: float = setting(0.0, "share of labels taken to be wrong (conservative DPO)", least=0, below=0.5)
+    score_l2: float = setting(0.001, "weight of the scores' squares in reward and cost models (safe-rlhf's)", least=0)
     router_l1: float = setting(0.001, "weight of MidPO's L1 term |safety| + |helpfulness - 1|; 0: off", least=0)
     egs_weight: float = setting(0.1, "weight of PMoL's expert group soft loss; 0: off", least=0)
     soft_constraint: tuple = setting("0.5", "PMoL's s_c from 0 (balance) to 1 (own group only), or one for each group",
@@ -345,12 +361,14 @@ class Config:
     lora_rank: int = setting(0, "rank of the LoRA experts; 0: all weights (with --share trunk: whole heads)", least=0)
     lora_alpha: float = setting(lambda v: 2.0 * v["lora_rank"] or None, "LoRA scale is alpha / rank", above=0)
     lora_targets: tuple = setting("down_proj", "layers with experts: names, mlp or all-linear", read=layer_names)
-    init_adapter: tuple = setting((), "adapter to start from; midpo: safety,helpfulness; mixtures: all", read=names)
+    init_adapter: tuple = setting((), "adapter to start from; once for each expert of midpo (safety, helpfulness) and "
+                                      "mixtures", read=source_names)
     experts: int = setting(None, "number of experts; of pmol a multiple of the groups (default: as many)", least=1)
     share: str = setting("", "trunk: a mixture's experts are heads on one trunk", choices=("", "trunk"))
     gate: str = setting("constant", "a mixture's weights: numbers, or constant, prompt, user, which learn",
                         read=gate_weights)
-    references: tuple = setting((), "folders of the references of a mixture's experts (default: the model)", read=names)
+    references: tuple = setting((), "folders of the references of a mixture's experts (default: their start)",
+                                read=source_names)
     expert_noise: float = setting(0.0, "standard deviation of a mixture's B at the start; sets experts apart", least=0)
     no_empty_expert: bool = setting(False, "PMoL without its empty expert")
     router_temperature: float = setting(1.0, "of PMoL's softmax routers", above=0)
@@ -365,6 +383,7 @@ class Config:
     flip_safety: float = setting(0.0, "share of safety labels to flip", least=0, below=1)
     flip_preference: float = setting(0.0, "share of preferences to flip", least=0, below=1)
     skip_bad_rows: bool = setting(False, "leave out and count the rows that cannot be used, instead of stopping")
+    turns: str = setting("all", "turns of the assistant that SFT trains on, in rows of messages", choices=("all", "last"))
     reward_model: str = setting("", "score model of helpfulness, for SPE-DPO's margins: a folder or hub id")
     cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
     score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=CHAT)
@@ -383,8 +402,8 @@ class Config:
     compile: bool = setting(False, "torch.compile the model", free=True)
     checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time", free=True)
     out: str = setting(lambda v: f"out/{v['method']}", "run folder", "run", free=True)
-    resume: bool = setting(False, "continue from the checkpoint in the run folder", free=True)
-    save_every: int = setting(0, "steps between checkpoints; 0: only when interrupted", free=True, least=0)
+    resume: bool = setting(False, "go on from the run folder's checkpoint, if any; leave a finished run", free=True)
+    save_every: int = setting(0, "steps between checkpoints; 0: by time and when interrupted", free=True, least=0)
     log_every: int = setting(10, "steps between rows of metrics.jsonl", free=True, least=1)
     eval_every: int = setting(0, "steps between measurements on held-out pairs; 0: at the end", free=True, least=0)
     wandb: str = setting("", "log to this Weights & Biases project (needs the wandb package)", free=True)
@@ -409,8 +428,7 @@ class Config:
         return [share for _, share in self.groups] if self.groups and self.groups[0][1] else None
 
 
-# On toy models, chosen on the development split; the defaults above are the papers' (arXiv 2505.20065, 2506.02460).
-TOY = {"epochs": 2, "lora_rank": 16, "lr": lambda v: 1.6e-4 if v["lora_rank"] else 1.6e-5}
+FREE = {flag.name for flag in fields(Config) if flag.metadata["free"]}  # may change when a run is resumed
 # Flags that a method reads only in part: (flags, when they are not read, why)
 UNREAD = (
     (("lora_targets",), lambda v: v["share"], "--share trunk has its experts in the head"),
@@ -431,7 +449,8 @@ def resolve(given, inherited=None):
     given: what the user typed, inherited: what a prerequisite run takes over. Raises UserError for a value out of
     bounds, and for a given flag that this run would not read.
     """
-    typed = {**(inherited or {}), **given}
+    typed = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in {**(inherited or {}), **given}.items()}
     values = {flag.name: typed.get(flag.name, flag.default) for flag in fields(Config)}
     check_values(Config, {"method": values["method"]})
     method, toy_model, on_toy = METHODS[values["method"]], values["model"] == "toy", values["data"] == ("toy",)
@@ -439,12 +458,17 @@ def resolve(given, inherited=None):
     if not on_toy:
         preset = {name: value for name, value in preset.items() if name not in ("groups", "annotators")}
     values |= {name: value for name, value in preset.items() if name not in typed}
+    if values["init_adapter"]:
+        adapter = read_adapter_config(Path(values["init_adapter"][0]) / "adapter_config.json")
+        values |= {"lora_rank": adapter["r"], "lora_alpha": adapter["lora_alpha"],
+                   "lora_targets": adapter["target_modules"]}
     for flag in fields(Config):
         value = values[flag.name](values) if callable(values[flag.name]) else values[flag.name]
         values[flag.name] = flag.metadata["read"](value) if flag.metadata["read"] and isinstance(value, str) else value
     check_values(Config, values)
     check_read(values, given)
     check_sources(values)
+    check_inputs(values, given)
     config = Config(**values)
     method.check(config)
     try:
@@ -479,6 +503,19 @@ def check_sources(values):
     unknown = {name for name, _ in values["groups"]} - set(toy.PREFERENCES)
     if values["data"] == ("toy",) and unknown:
         raise UserError(f"--groups: toy has no preference {min(unknown)}; it has {', '.join(toy.PREFERENCES)}")
+
+
+def check_inputs(values, given):
+    """Raise UserError for a given input that is not there, or that this run would replace: it lies in --out."""
+    out = Path(values["out"]).resolve()
+    for flag in ("model", "data", "init_adapter", "references", "reward_model", "cost_model"):
+        for name in (values[flag] if isinstance(values[flag], tuple) else (values[flag],)) if flag in given else ():
+            path = Path(name).resolve()
+            if flag in ("references", "reward_model", "cost_model"):
+                find_folder(name)
+            if Path(name).exists() and path.is_relative_to(out) and not (
+                    path != out and read_settings(out / path.relative_to(out).parts[0])):  # a finished prerequisite
+                raise UserError(f"--{flag} {name}: lies in --out {values['out']}, which this run replaces")
 
 
 # What a prerequisite run decides for itself; it inherits every other setting that both methods read
@@ -538,16 +575,21 @@ def load_data(config, tokenizer):
     if config.flip_safety or config.flip_preference:  # held-out labels stay as they are
         print(flip_labels(train, config.flip_safety, config.flip_preference, config.seed))
     np.random.default_rng(config.seed).shuffle(test)
-    train, line = apply_view(config.view, train)
+    method = METHODS[config.method]
+    if config.turns == "last":
+        train, test = ([c for c in part if not c.later_turns] for part in (train, test))
+    train, line = apply_view(config.view, train, method.responses)
     print(line, flush=True)
     try:
-        test = apply_view(config.view, test)[0][:HELD_OUT_PAIRS]
+        test = apply_view(config.view, test, method.responses)[0][:HELD_OUT_PAIRS]
     except UserError:
         test = []  # this view keeps none of the held-out comparisons: there is nothing to measure
-    if METHODS[config.method].margins:
+    if "margin" in method.labels:
         name = VIEWS[config.view].score
         folder = getattr(config, f"{name}_model")
         print(add_margins(train, test, name, folder, config.score_template, config.dtype, config.device))
+    for label in method.labels:
+        require(train + test, label, f"--method {config.method} --view {config.view}")
     groups = [] if config.annotators else config.preferences  # with annotators, they are the groups
     absent = set(groups) - {pair.group for pair in train}
     if absent:
@@ -556,29 +598,33 @@ def load_data(config, tokenizer):
     parts = []
     for name, pairs in (("train", train), ("held_out", test)):
         pairs = [pair for pair in pairs if not groups or pair.group in groups]
-        encoded = encode_pairs(tokenizer, pairs, config.max_len, METHODS[config.method].responses,
+        encoded = encode_pairs(tokenizer, pairs, config.max_len, method.responses,
                                groups or (parts[0].groups if parts else ())) if pairs else None
         if pairs and encoded.cut:
             cut = ", ".join(f"{count} {what}" for what, count in encoded.cut.items())
-            print(f"{name}: longer than --max_len {config.max_len}: {cut}", flush=True)
+            print(f"{name}, --max_len {config.max_len}: {cut}", flush=True)
         parts.append(encoded)
     return parts
 
 
-def reference_logps(model, encoded, config, out, name="reference"):
-    """log π_ref of every response: (N, R) of the base model, or with --references (N, R, K), one model at a time.
+def reference_logps(model, encoded, config):
+    """log π_ref of every response, (N, R), or (N, R, K) where each expert has a reference: what training starts from.
 
     They do not change during training, so one pass before it is enough, and one network in memory.
     """
-    def kept(model, name):
-        model.eval()
-        with disable_experts(model):  # without a backward pass there is room for more rows
-            return kept_logps(model, encoded, out, name, 4 * config.batch_size, config.dtype, config.device)
-
-    if not config.references:
-        return kept(model, name)
-    models = (Transformer.from_pretrained(folder, device=config.device) for folder in config.references)
-    return torch.stack([kept(one, f"{name}-{k}") for k, one in enumerate(models)], dim=-1)
+    settings = 4 * config.batch_size, config.dtype, config.device  # without a backward pass there is room for more rows
+    model.eval()
+    if config.references:
+        models = (Transformer.from_pretrained(folder, device=config.device) for folder in config.references)
+        return torch.stack([cached_logps(one, encoded, *settings) for one in models], dim=-1)
+    if METHODS[config.method].reference == "start" and config.init_adapter:
+        logps = []
+        for k in range(count_experts(model)):
+            use_expert(model, k)
+            logps.append(cached_logps(model, encoded, *settings))
+        return torch.stack(logps, dim=-1).squeeze(-1)
+    with disable_experts(model):  # new experts are zero: the base is the start
+        return cached_logps(model, encoded, *settings)
 
 
 # The training loop
@@ -680,6 +726,7 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums):
     optimizer.zero_grad(set_to_none=True)
 
 
+CHECKPOINT_SECONDS = 600  # a kill costs at most the last ten minutes
 SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins", "tok/s": "tokens/s"}  # in the bar
 
 
@@ -693,12 +740,16 @@ def train(model, encoded, held_out, config, out):
     optimizer, order, lengths = make_optimizer(parameters, config), training_order(encoded, config), encoded.lengths()
     per_step = config.batch_size * config.grad_accum
     steps = max(1, len(order) // per_step)
+    rest = len(order) - steps * per_step
+    if rest:
+        print(f"{len(order)} pairs in steps of {per_step}: " + (f"the last {rest} are left out" if rest > 0 else
+                                                               f"{-rest} are repeated"), flush=True)
     steps = min(steps, config.max_steps) if config.max_steps else steps
     first = load_checkpoint(out, parameters, optimizer) if config.resume else 0
     wandb_run, metrics_file = start_wandb(config), open_metrics(out / "metrics.jsonl", first)
     bar = tqdm(range(first, steps), desc=config.method, unit="step", initial=first, total=steps)
     model.train()
-    sums, tokens, since, logged = {}, 0, time.perf_counter(), first
+    sums, tokens, since, logged, saved = {}, 0, time.perf_counter(), first, time.monotonic()
     with stop_signals() as came, metrics_file, bar:
         for step in bar:
             lr = learning_rate(step, steps, config)
@@ -713,14 +764,17 @@ def train(model, encoded, held_out, config, out):
                        "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
                     row.update(measure(model, held_out, config))
+                    bar.write(f"step {done}: " + ", ".join(f"{name} {row[name]:.4g}" for name in row if "eval/" in name))
                 metrics_file.write(json.dumps(row) + "\n")
                 metrics_file.flush()
                 if wandb_run:
                     wandb_run.log(row)
                 bar.set_postfix({short: f"{row[name]:.4g}" for short, name in SHOWN.items() if name in row})
                 sums, tokens, since, logged = {}, 0, time.perf_counter(), done
-            if came or (config.save_every and done % config.save_every == 0):
+            late = time.monotonic() - saved > CHECKPOINT_SECONDS
+            if came or late or (config.save_every and done % config.save_every == 0):
                 save_checkpoint(out, done, parameters, optimizer)
+                saved = time.monotonic()
             if came:
                 raise KeyboardInterrupt
     model.eval()
@@ -756,11 +810,13 @@ def base_folder(config):
 
 def load_model(config, base, groups=()):
     """The model that training starts from, what is trained marked and in float32. groups: those of the data."""
-    dtype = DTYPES[config.dtype] if config.lora_rank or config.init_adapter else torch.float32
-    model = Transformer.from_pretrained(base, dtype, config.device)
+    trains_all = not (config.lora_rank or config.init_adapter or config.share)
+    model = Transformer.from_pretrained(base, torch.float32 if trains_all else DTYPES[config.dtype], config.device)
     if model.config.learned_positions and config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
     model = METHODS[config.method].build(config, model, groups)
+    assert all(parameter.dtype == torch.float32 for _, parameter in trainable_parameters(model))
+    print(*adapter_warnings(model, config.init_adapter, config.template), sep="\n", end="" if not config.init_adapter else "\n")
     model.model.checkpointing = config.checkpointing
     return model
 
@@ -774,90 +830,55 @@ def run_settings(config, base):
     return json.loads(json.dumps({**asdict(config), "base": str(base), "inputs": inputs}))
 
 
-def changed_setting(out, settings):
-    """The name of the first setting in out/config.json that is not what it is in `settings`, or None."""
-    free = {flag.name for flag in fields(Config) if flag.metadata["free"]}
-    before = read_json(out / "config.json")
-    return next((name for name in settings if name not in free and before.get(name) != settings[name]), None)
-
-
-def is_complete(config):
-    """True if the run folder holds the finished run of these settings, on the same files."""
-    out = Path(config.out)
-    weights = [path for name in WEIGHT_FOLDERS for path in out.glob(f"{name}/*.safetensors")]
-    if not weights or not (out / "config.json").is_file():
-        return False
-    return changed_setting(out, run_settings(config, base_folder(config))) is None
-
-
-def open_run(config, base):
-    """Make the run folder, write config.json, and remove what an earlier run left there unless this one resumes it.
-
-    Raises UserError when the folder cannot be written, or --resume comes with other settings than the run's.
-    """
-    out, settings = Path(config.out), run_settings(config, base)
-    if config.resume:
-        if not (out / "checkpoint").is_dir():
-            raise UserError(f"--resume: there is no checkpoint in {out}")
-        if name := changed_setting(out, settings):
-            before = read_json(out / "config.json").get(name)
-            raise UserError(f"--resume: the run in {out} has {name} = {before}, not {settings[name]}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / "config.json", json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    if not config.resume:
-        for folder in (*WEIGHT_FOLDERS, "checkpoint"):
-            shutil.rmtree(out / folder, ignore_errors=True)
-        for file in (*out.glob("eval*.json"), *out.glob("samples*.txt"), out / "metrics.jsonl", out / "experts.json"):
-            file.unlink(missing_ok=True)
-    return out
-
-
 def run(config):
     """One run: data, model, reference, training, weights, and on toy the oracle's table."""
-    method, started = METHODS[config.method], time.perf_counter()
+    method, started, out = METHODS[config.method], time.perf_counter(), Path(config.out)
     base = base_folder(config)
     ready = time.perf_counter()
     tokenizer = Tokenizer(base, config.template)
     encoded, held_out = load_data(config, tokenizer)
     config = method.settle(config, encoded.groups)
     model = load_model(config, base, encoded.groups)
-    out = open_run(config, base)
-    for pairs, name in ((encoded, "reference"), (held_out, "held-out-reference")):
-        if pairs is not None:
-            method.prepare(model, pairs, config)
-        if pairs is not None and method.reference:
-            pairs.labels["reference"] = reference_logps(model, pairs, config, out, name).numpy()
+    work = open_run(out, run_settings(config, base), FREE, config.resume)
+    if work is None:
+        return print(f"{out}: finished with these settings, left as it is")
+    write_text(work / "tokens.txt", show_pair(tokenizer, encoded))
+    for pairs in filter(None, (encoded, held_out)):
+        method.prepare(model, pairs, config)
+        if method.reference:
+            pairs.labels["reference"] = reference_logps(model, pairs, config).numpy()
+    perturb_experts(model, config.expert_noise, config.seed)
     if config.compile:
         model.model.compile()
-    train(model, encoded, held_out, config, out)
-    save_trained(model, out)
+    train(model, encoded, held_out, config, work)
+    save_trained(model, work, config.template, tokenizer.chat_template if config.template in TEMPLATES else None)
     if method.report:
         report, warnings = method.report(model, encoded, held_out, config.beta, 4 * config.batch_size, config.dtype)
-        write_text(out / "experts.json", json.dumps(report, indent=2) + "\n")
+        write_text(work / "experts.json", json.dumps(report, indent=2) + "\n")
         print(*warnings, *(f"{name}: {value}" for name, value in report.items()), sep="\n")
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)  # the run is done: there is nothing to resume
     trained = time.perf_counter()
     if config.model == "toy" and not isinstance(model, ScoreModel):
         plain = Transformer.from_pretrained(base, device=config.device)
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
-            report, samples = evaluate_run(model, plain, tokenizer, out, config.eval_split, config.seed,
-                                           config.temperature, "eval", config.preferences if config.on_toy else ())
+            report, samples = evaluate_run(model, plain, tokenizer, work, config.eval_split, config.seed,
+                                           config.temperature, preferences=config.preferences if config.on_toy else ())
         print("", samples, closing_tables({config.method: report}), sep="\n\n")
+    close_run(out, work)
     done = time.perf_counter()
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
           f"the run is in {out}/")
 
 
+def is_finished(config):
+    """True if the run folder holds the finished run of these settings, on the same files."""
+    before, settings = read_settings(Path(config.out)), run_settings(config, base_folder(config))
+    return before.get("finished", False) and all(before.get(name) == settings[name] for name in settings.keys() - FREE)
+
+
 def plan(config):
     """The runs that a command stands for, in order: prerequisites first, then the run itself."""
     before, changes = METHODS[config.method].prerequisites(config)
-    runs = [*before, replace(config, **changes)]
-    if before:  # a stage that has not begun starts, also under --resume
-        runs = [replace(one, resume=config.resume and (Path(one.out) / "checkpoint").is_dir()) for one in runs]
-    return runs
+    return [*before, replace(config, **changes)]
 
 
 def main(argv=None):
@@ -866,12 +887,11 @@ def main(argv=None):
     *before, last = plan(parse_flags(argv))
     for one in (*before, last) if before else ():
         print(f"{one.out}: --method {one.method} --view {one.view}", flush=True)
-    for one in before:
-        if is_complete(one):
-            print(f"{one.out}: complete for these settings, kept", flush=True)
+    for one in (*before, last):
+        if (one is not last or one.resume) and is_finished(one):
+            print(f"{one.out}: finished with these settings, kept", flush=True)
         else:
             run(one)
-    run(last)
 
 
 if __name__ == "__main__":
