@@ -1,9 +1,7 @@
-"""Preference data: comparisons, the views that turn them into pairs, tokens, and packed batches.
+"""Preference data: comparisons, the views that turn them into pairs, tokens, and the order of training.
 
-Comparisons come from a source (`load_comparisons`), a view orders them into pairs (`VIEWS`), `encode` tokenises,
-`pack` lays pairs into rows in which both responses share one copy of the prompt.
-
-Letters in shape comments: N pairs, B rows, T tokens per row, M response tokens in the batch.
+Comparisons come from a source (`load_comparisons`), a view orders them into pairs (`VIEWS`), `encode_pairs` tokenises
+them. Packed batches stand in losses.py, beside the log-probs that are computed from them.
 """
 import codecs
 import difflib
@@ -17,7 +15,7 @@ import re
 import zlib
 from array import array
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from os.path import commonprefix
@@ -26,11 +24,11 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import tokenizers
-import torch
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from losses import Batch, Encoded, pack  # noqa: F401: Batch and pack for those who look for them here
 from model import UserError, first_line, read_json
 
 
@@ -118,7 +116,7 @@ def parse_pairs(row):
     chosen one counts as the safer."""
     labels = dict(better=0, group=get(row, "group", "text") if row.get("group") is not None else "")
     if row.get("ended") is not None:
-        labels["ended"] = tuple(get({"ended": ended}, "ended", "true or false") for ended in get(row, "ended", "a list"))
+        labels["ended"] = tuple(get({"ended": flag}, "ended", "true or false") for flag in get(row, "ended", "a list"))
     if row.get("chosen_unsafe") is not None or row.get("rejected_unsafe") is not None:
         unsafe = tuple(get(row, f"{name}_unsafe", "true or false") for name in ("chosen", "rejected"))
         labels.update(unsafe=unsafe, safer=int(unsafe == (True, False)))
@@ -132,8 +130,8 @@ def parse_hh(row):
     ends = [text.rfind("\n\nAssistant:") for text in texts]
     if not all(text.startswith("\n\nHuman:") and end > 0 for text, end in zip(texts, ends)):
         near = difflib.get_close_matches("prompt", set(row) - {"chosen", "rejected"}, 1, 0) or ["none"]
-        raise UserError("no field 'prompt' (nearest: " + near[0] + "); without one, chosen and rejected must be hh-rlhf "
-                        "dialogues: start with \"\\n\\nHuman:\" and have an \"\\n\\nAssistant:\" turn")
+        raise UserError(f"no field 'prompt' (nearest: {near[0]}); without one, chosen and rejected must be dialogues of "
+                        "hh-rlhf: start with \"\\n\\nHuman:\" and have an \"\\n\\nAssistant:\" turn")
     prompt = texts[0][:ends[0]]
     answers = tuple(text[end + len("\n\nAssistant:"):].strip() for text, end in zip(texts, ends))
     if prompt != texts[1][:ends[1]]:
@@ -178,7 +176,7 @@ def parse_demonstration(row):
 def parse_messages(row):
     """{messages}, for SFT: each turn of the assistant is a response to the messages before it."""
     messages = get(row, "messages", "a list")
-    turns = [i for i, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"]
+    turns = [i for i, turn in enumerate(messages) if isinstance(turn, dict) and turn.get("role") == "assistant"]
     labels = [(k, k, dict(prompt=get_prompt({"messages": messages[:i]}, "messages"), later_turns=len(turns) - 1 - k))
               for k, i in enumerate(turns)]
     return None, tuple(get(messages[i], "content", "text") for i in turns), labels or "no turn of the assistant"
@@ -329,6 +327,13 @@ def source_files(source):
                      for names in (train, test))
     except (HTTPError, OSError) as error:
         raise UserError(f"--data {source}: {repo} cannot be downloaded ({first_line(error)})") from None
+
+
+def check_source(source):
+    """Raise UserError if this is neither a file or folder nor a name in SOURCES."""
+    if source not in SOURCES and not Path(source).exists():
+        near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(source, SOURCES, 1))
+        raise UserError(f"--data {source}: neither a file or folder here nor one of toy, {', '.join(SOURCES)}{near}")
 
 
 def prompt_hash(prompt, seed=0):
@@ -546,8 +551,9 @@ def apply_view(name, comparisons, responses=2):
         outcome, pair = VIEWS[name](comparison)
         if pair is not None:
             texts = [pair.chosen.strip(), pair.rejected.strip()][:len(comparison.responses)]
-            dropped = "an empty response" if "" in texts else "identical responses" if len(set(texts)) < len(texts) else ""
-            outcome, pair = (f"dropped ({dropped})", None) if dropped else (outcome, pair)
+            if "" in texts or len(set(texts)) < len(texts):
+                outcome = f"dropped ({'an empty response' if '' in texts else 'identical responses'})"
+                pair = None
         counts[outcome] += 1
         if pair is not None:
             pairs.append(pair)
@@ -664,8 +670,8 @@ class Tokenizer:
 
     @cached_property
     def turn(self):
-        """(lead, end, ids of end): what the template puts before and after an answer of the assistant, found by rendering
-        a dialogue with one. Where no special token ends it, end is "" and its ids are EOS."""
+        """(lead, end, ids of end): what the template puts before and after an answer of the assistant, found by
+        rendering a dialogue with one. Where no special token ends it, end is "" and its ids are EOS."""
         dialogue = [{"role": "user", "content": "1 b"}, {"role": "assistant", "content": "answer"}]
         try:
             before, answer, end = self.render(dialogue, generation=False).rpartition("answer")
@@ -701,35 +707,6 @@ class Tokenizer:
         if self.template != "raw":
             return self.decode(ids).strip()
         return self.decode([*prompt, *ids])[len(self.decode(prompt)):]
-
-
-@dataclass
-class Encoded:
-    """N tokenised prompts, each with R responses, in one flat array.
-
-    tokens: (total,) int32. bounds: (N, R + 2): prompt i is tokens[bounds[i, 0]:bounds[i, 1]], its response j
-    is tokens[bounds[i, j + 1]:bounds[i, j + 2]]. labels: name -> (N, …) numbers, such as chosen_unsafe; training adds
-    the reference's log-probs.
-    """
-    tokens: np.ndarray
-    bounds: np.ndarray
-    labels: dict = field(default_factory=dict)
-    cut: Counter = field(default_factory=Counter)  # what had to be cut, or tokenised otherwise
-    groups: tuple = ()                             # what labels["group"] numbers
-
-    def __len__(self):
-        return len(self.bounds)
-
-    def lengths(self):
-        """(N,) tokens of prompt and responses together."""
-        return self.bounds[:, -1] - self.bounds[:, 0]
-
-    def counts(self, indices):
-        """Units that losses are means over: pairs, their tokens, response tokens, and tokens of pairs with a group."""
-        bounds, grouped = self.bounds[indices], self.labels.get("group", np.full(len(self), -1))[indices] >= 0
-        tokens = bounds[:, -1] - bounds[:, 0]
-        return {"pairs": len(bounds), "tokens": tokens.sum(), "responses": (bounds[:, -1] - bounds[:, 1]).sum(),
-                "grouped": tokens[grouped].sum()}
 
 
 CHUNK = 2048  # prompts that are tokenised at a time: enough for all cores, little memory
@@ -806,119 +783,34 @@ def encode_pairs(tokenizer, pairs, max_len, responses=2, groups=()):
     return encoded
 
 
-# Packed batches
-
-
-@dataclass
-class Batch:
-    """Rows of [prompt response_0 response_1 …], several prompts to a row; built by `pack`.
-
-    A response's first token is predicted by the prompt's last position, which its sister responses share.
-    """
-    tokens: torch.Tensor     # (B, T)
-    positions: torch.Tensor  # (B, T) restart at the prompt's end for each response
-    pair: torch.Tensor       # (B, T) which prompt of the batch a token belongs to; -1 is padding
-    part: torch.Tensor       # (B, T) 0 in a prompt, j + 1 in response j
-    predictor: torch.Tensor  # (M,) flat position whose hidden state predicts a response token
-    target: torch.Tensor     # (M,) that token
-    owner: torch.Tensor      # (M,) flat index into (N, R): the response that the token belongs to
-    last: torch.Tensor       # (N, R) flat position of each response's last token
-    lengths: torch.Tensor    # (N, R) response tokens
-    labels: dict             # name -> (N,)
-    scale: dict              # unit of `Encoded.counts` -> what a mean over it here is multiplied by, so that the mean of a
-    #                          step's batches, weighted by pairs, is the mean over the step
-
-    @property
-    def shape(self):
-        return tuple(self.lengths.shape)
-
-    def mask(self):
-        """(B, T, T) bool: a token sees its own prompt and its own response, up to itself."""
-        T = self.tokens.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=self.tokens.device).tril()
-        same_pair = self.pair[:, :, None] == self.pair[:, None, :]
-        visible = (self.part[:, None, :] == 0) | (self.part[:, :, None] == self.part[:, None, :])
-        return causal & same_pair & visible
-
-    def to(self, device):
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
-                 if isinstance(value, torch.Tensor)}
-        return replace(self, **moved, labels={name: value.to(device) for name, value in self.labels.items()})
-
-
-def first_fit(lengths, capacity):
-    """Place items into as few rows as first-fit-decreasing finds. Returns [(row, offset)] and the row count."""
-    free, places = [], [None] * len(lengths)
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, space in enumerate(free) if space >= lengths[i]), None)
-        if row is None:
-            row = len(free)
-            free.append(capacity)
-        places[i] = (row, capacity - free[row])
-        free[row] -= lengths[i]
-    return places, len(free)
-
-
-def pack(encoded, indices, step=None):
-    """The Batch of the prompts with these indices. Rows are as long as the longest prompt with its responses.
-
-    step: `encoded.counts` of the optimiser step, or the set, that this batch is a part of (default: it is all).
-    """
-    lengths = encoded.bounds[indices, -1] - encoded.bounds[indices, 0]
-    T = int(lengths.max())
-    places, B = first_fit(lengths.tolist(), T)
-    R = encoded.bounds.shape[1] - 2
-    tokens, positions, part = (np.zeros((B, T), dtype=np.int64) for _ in range(3))
-    pair = np.full((B, T), -1, dtype=np.int64)
-    last = np.empty((len(indices), R), dtype=np.int64)
-    predictor, target, owner = [], [], []
-    for n, (index, (row, offset)) in enumerate(zip(indices, places)):
-        bounds = encoded.bounds[index] - encoded.bounds[index, 0] + offset
-        start, stop = bounds[0], bounds[-1]
-        prompt_length = bounds[1] - start
-        tokens[row, start:stop] = encoded.tokens[encoded.bounds[index, 0]:encoded.bounds[index, -1]]
-        pair[row, start:stop] = n
-        positions[row, start:bounds[1]] = np.arange(prompt_length)
-        for j in range(R):
-            first, end = bounds[j + 1], bounds[j + 2]
-            part[row, first:end] = j + 1
-            positions[row, first:end] = prompt_length + np.arange(end - first)
-            before = np.arange(first - 1, end - 1)
-            before[:1] = bounds[1] - 1
-            predictor.append(row * T + before)
-            target.append(tokens[row, first:end])
-            owner.append(np.full(end - first, n * R + j))
-            last[n, j] = row * T + (end if end > first else bounds[1]) - 1
-    flat, own = (torch.from_numpy(np.concatenate(pieces)) for pieces in (predictor, target, owner)), encoded.counts(indices)
-    step = step or own
-    return Batch(*map(torch.from_numpy, (tokens, positions, pair, part)), *flat, last=torch.from_numpy(last),
-                 lengths=torch.from_numpy(np.diff(encoded.bounds[indices], axis=1)[:, 1:]),
-                 labels={name: torch.from_numpy(values[indices]) for name, values in encoded.labels.items()},
-                 scale={unit: own[unit] / max(1, step[unit]) * (step["pairs"] / own["pairs"]) for unit in own})
-
-
-def batches(encoded, batch_size, device, longest_first=True, together=None):
-    """Yield (indices, Batch) over a whole encoded set, pairs of like length together.
-
-    together (N,): numbers; pairs with the same number stay in one batch, which may then be larger.
-    """
-    order, step = np.arange(len(encoded)), encoded.counts(slice(None))
-    if longest_first:
-        order = np.argsort(-encoded.lengths(), kind="stable")
-    starts = range(0, len(order), batch_size)
-    if together is not None:
-        order = np.argsort(together, kind="stable")
-        first = np.flatnonzero(np.diff(together[order], prepend=-1))  # where another number begins
-        starts = first[np.unique(np.searchsorted(first, np.arange(0, len(order), batch_size)).clip(max=len(first) - 1))]
-    for indices in np.split(order, list(starts)[1:]):
-        yield indices, pack(encoded, indices, step).to(device)
-
-
 def show_pair(tokenizer, encoded, index=0):
     """What the model sees of one pair: its tokens, decoded one by one; those that are trained on stand in [ ]."""
     bounds, lines = encoded.bounds[index], []
     for part, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
         pieces = [tokenizer.backend.decode([token], skip_special_tokens=False) for token in encoded.tokens[start:end]]
-        name = ("prompt", "chosen", "rejected")[part]
-        lines.append(f"{name} ({end - start} tokens)\n" + "".join(f"[{piece!r}]" if part else f" {piece!r} " for piece in pieces))
-    return "\n\n".join(lines) + "\n"
+        shown = "".join(f"[{piece!r}]" if part else f" {piece!r} " for piece in pieces)
+        lines.append(f"{('prompt', 'chosen', 'rejected')[part]} ({end - start} tokens)\n{shown}\n")
+    return "\n".join(lines)
+
+
+def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
+    """The order in which pairs are trained on: a permutation for each epoch, joined end to end.
+
+    group (count,): each pair's group. shares: an epoch has pairs of group i in proportion to shares[i], each group's
+    permutation repeated or cut and spread evenly over the epoch, so that every batch mixes them. annotator (count,):
+    the pairs of an annotator stand next to each other, the annotators in a new order in each epoch.
+    """
+    orders = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        if shares is not None:
+            members = [order[group[order] == i] for i in range(len(shares))]
+            sizes = [round(count * share / sum(shares)) for share in shares]
+            places = np.concatenate([(np.arange(size) + 0.5) / max(1, size) for size in sizes])
+            pieces = np.concatenate([np.resize(indices, size) for indices, size in zip(members, sizes)])
+            order = pieces[np.argsort(places, kind="stable")]
+        if annotator is not None:
+            turn = np.random.default_rng([seed, epoch, 1]).permutation(annotator.max() + 1)
+            order = order[np.argsort(turn[annotator[order]], kind="stable")]
+        orders.append(order)
+    return np.concatenate(orders)

@@ -31,13 +31,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import toy
-from data import (TEMPLATES, Tokenizer, annotator_type, batches, encode, get_prompt, parse_line, read_lines,
+from data import (TEMPLATES, Tokenizer, annotator_type, encode, get_prompt, parse_line, read_lines,
                   read_rows, score_margin)
 from lora_moe import (count_experts, disable_experts, expert_layers, expert_logps, export_experts, is_mixture,
                       is_routed, load_trained, merge_experts, router_weights, set_routers, use_expert)
-from losses import policy_logps
+from losses import batches, policy_logps, precision
 from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_file, content_hash, files_hash, find_folder,
-                   first_line, generate, precision, read_json, write_text)
+                   first_line, generate, read_json, write_text)
 
 # Answers
 
@@ -382,8 +382,8 @@ def add_margins(train, held_out, name, folder, template=None, dtype="float32", d
                 pair.margin = score_margin(name, chosen, rejected)
     margins = [pair.margin for pair in train]
     if None in margins:
-        raise UserError(f"no margins: {margins.count(None)} of {len(margins)} pairs have no scores.{name}; name a score "
-                        f"model with --{name}_model, or score the data (eval.py --score)")
+        raise UserError(f"no margins: {margins.count(None)} of {len(margins)} pairs have no scores.{name}; name a "
+                        f"score model with --{name}_model, or score the data (eval.py --score)")
     return (f"margins by {folder or 'the scores in the data'}: mean {np.mean(margins):.3g}, clipped to 0 in "
             f"{margins.count(0.0) / len(margins):.1%} of the pairs")
 

@@ -636,8 +636,8 @@ def export_experts(model, folder, template=None):
     UserError for routers, whose weights differ from token to token.
     """
     if model.gate is None:
-        raise UserError("--export: only mix-dpo and moe-dpo have experts that are whole policies; a run of MidPO or PMoL "
-                        "routes every token, which no adapter format describes, and one adapter is in PEFT's format already")
+        raise UserError("--export: only mix-dpo and moe-dpo have experts that are whole policies; MidPO and PMoL route "
+                        "every token, which no adapter format describes; a single adapter is in PEFT's format already")
     with torch.no_grad():
         gate = {"kind": model.gate.kind, "experts": [f"expert-{k}" for k in range(count_experts(model))]}
         if model.gate.kind == "prompt":
@@ -678,7 +678,8 @@ def open_run(out, settings, free, resume):
         if before.get("finished") or (folder / "checkpoint").is_dir():
             for name in settings.keys() - free:
                 if before.get(name) != settings[name]:
-                    raise UserError(f"--resume: the run in {folder} has {name} = {before.get(name)}, not {settings[name]}")
+                    raise UserError(f"--resume: the run in {folder} has {name} = {before.get(name)}, "
+                                    f"not {settings[name]}")
             return None if before.get("finished") else folder
     work = out / "new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
     try:
@@ -741,6 +742,13 @@ def load_trained(run, base, dtype=torch.float32, device="cpu"):
     if kind == "model":
         return model
     return (load_adapter if kind == "adapter" else load_experts)(model, run / kind)
+
+
+def open_metrics(path, first):
+    """metrics.jsonl, opened to append; rows of steps that a resumed run repeats are removed."""
+    rows = path.read_text(encoding="utf-8").splitlines() if first and path.is_file() else []
+    write_text(path, "".join(row + "\n" for row in rows if json.loads(row)["step"] <= first))
+    return open(path, "a", encoding="utf-8")
 
 
 def save_checkpoint(out, step, parameters, optimizer):

@@ -1,15 +1,161 @@
-"""The preference losses, as pure functions of per-sequence log-probabilities.
+"""Log-probabilities of packed batches, and the preference losses as pure functions of them.
 
-Every loss takes tensors of shape (N,), one entry per pair, in nats, float32, and returns (mean loss, metrics):
-metrics is a dict of detached means under the names that TRL logs. With the implicit reward
+Both responses to a prompt share one copy of it in a packed row (`Encoded`, `pack`, `Batch`); `sequence_logps` gives
+log π(y|x) of every response. Every loss takes tensors of shape (N,), one entry per pair, in nats, float32, and returns
+(mean loss, metrics): metrics is a dict of detached means under the names that TRL logs. With the implicit reward
 r(x, y) = beta · (log π(y|x) − log π_ref(y|x)), DPO, SafeDPO and SPE-DPO are −log σ(r_chosen − r_rejected − offset)
-and differ in the offset alone. The log-probabilities come first; they are the only part that calls the model.
+and differ in the offset alone.
 
-Letters in shape comments: N pairs, M response tokens in the batch, D width, V vocabulary.
+Letters in shape comments: N pairs, R responses per prompt, B rows, T tokens per row, M response tokens in the batch,
+D width, V vocabulary.
 """
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+
+from model import DTYPES
+
+@dataclass
+class Encoded:
+    """N tokenised prompts, each with R responses, in one flat array.
+
+    tokens: (total,) int32. bounds: (N, R + 2): prompt i is tokens[bounds[i, 0]:bounds[i, 1]], its response j
+    is tokens[bounds[i, j + 1]:bounds[i, j + 2]]. labels: name -> (N, …) numbers, such as chosen_unsafe; training adds
+    the reference's log-probs.
+    """
+    tokens: np.ndarray
+    bounds: np.ndarray
+    labels: dict = field(default_factory=dict)
+    cut: Counter = field(default_factory=Counter)  # what had to be cut, or tokenised otherwise
+    groups: tuple = ()                             # what labels["group"] numbers
+
+    def __len__(self):
+        return len(self.bounds)
+
+    def lengths(self):
+        """(N,) tokens of prompt and responses together."""
+        return self.bounds[:, -1] - self.bounds[:, 0]
+
+    def counts(self, indices):
+        """Units that losses are means over: pairs, their tokens, response tokens, and tokens of pairs with a group."""
+        bounds, grouped = self.bounds[indices], self.labels.get("group", np.full(len(self), -1))[indices] >= 0
+        tokens = bounds[:, -1] - bounds[:, 0]
+        return {"pairs": len(bounds), "tokens": tokens.sum(), "responses": (bounds[:, -1] - bounds[:, 1]).sum(),
+                "grouped": tokens[grouped].sum()}
+
+
+@dataclass
+class Batch:
+    """Rows of [prompt response_0 response_1 …], several prompts to a row; built by `pack`.
+
+    A response's first token is predicted by the prompt's last position, which its sister responses share.
+    """
+    tokens: torch.Tensor     # (B, T)
+    positions: torch.Tensor  # (B, T) restart at the prompt's end for each response
+    pair: torch.Tensor       # (B, T) which prompt of the batch a token belongs to; -1 is padding
+    part: torch.Tensor       # (B, T) 0 in a prompt, j + 1 in response j
+    predictor: torch.Tensor  # (M,) flat position whose hidden state predicts a response token
+    target: torch.Tensor     # (M,) that token
+    owner: torch.Tensor      # (M,) flat index into (N, R): the response that the token belongs to
+    last: torch.Tensor       # (N, R) flat position of each response's last token
+    lengths: torch.Tensor    # (N, R) response tokens
+    labels: dict             # name -> (N,)
+    scale: dict              # unit of `Encoded.counts` -> factor of a mean over it, so that the mean of a step's batches,
+    #                          weighted by their pairs, is the mean over the step
+
+    @property
+    def shape(self):
+        return tuple(self.lengths.shape)
+
+    def mask(self):
+        """(B, T, T) bool: a token sees its own prompt and its own response, up to itself."""
+        T = self.tokens.shape[1]
+        causal = torch.ones(T, T, dtype=torch.bool, device=self.tokens.device).tril()
+        same_pair = self.pair[:, :, None] == self.pair[:, None, :]
+        visible = (self.part[:, None, :] == 0) | (self.part[:, :, None] == self.part[:, None, :])
+        return causal & same_pair & visible
+
+    def to(self, device):
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
+                 if isinstance(value, torch.Tensor)}
+        return replace(self, **moved, labels={name: value.to(device) for name, value in self.labels.items()})
+
+
+def first_fit(lengths, capacity):
+    """Place items into as few rows as first-fit-decreasing finds. Returns [(row, offset)] and the row count."""
+    free, places = [], [None] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, space in enumerate(free) if space >= lengths[i]), None)
+        if row is None:
+            row = len(free)
+            free.append(capacity)
+        places[i] = (row, capacity - free[row])
+        free[row] -= lengths[i]
+    return places, len(free)
+
+
+def pack(encoded, indices, step=None):
+    """The Batch of the prompts with these indices. Rows are as long as the longest prompt with its responses.
+
+    step: `encoded.counts` of the optimiser step, or the set, that this batch is a part of (default: it is all).
+    """
+    lengths = encoded.bounds[indices, -1] - encoded.bounds[indices, 0]
+    T = int(lengths.max())
+    places, B = first_fit(lengths.tolist(), T)
+    R = encoded.bounds.shape[1] - 2
+    tokens, positions, part = (np.zeros((B, T), dtype=np.int64) for _ in range(3))
+    pair = np.full((B, T), -1, dtype=np.int64)
+    last = np.empty((len(indices), R), dtype=np.int64)
+    predictor, target, owner = [], [], []
+    for n, (index, (row, offset)) in enumerate(zip(indices, places)):
+        bounds = encoded.bounds[index] - encoded.bounds[index, 0] + offset
+        start, stop = bounds[0], bounds[-1]
+        prompt_length = bounds[1] - start
+        tokens[row, start:stop] = encoded.tokens[encoded.bounds[index, 0]:encoded.bounds[index, -1]]
+        pair[row, start:stop] = n
+        positions[row, start:bounds[1]] = np.arange(prompt_length)
+        for j in range(R):
+            first, end = bounds[j + 1], bounds[j + 2]
+            part[row, first:end] = j + 1
+            positions[row, first:end] = prompt_length + np.arange(end - first)
+            before = np.arange(first - 1, end - 1)
+            before[:1] = bounds[1] - 1
+            predictor.append(row * T + before)
+            target.append(tokens[row, first:end])
+            owner.append(np.full(end - first, n * R + j))
+            last[n, j] = row * T + (end if end > first else bounds[1]) - 1
+    flat = (torch.from_numpy(np.concatenate(pieces)) for pieces in (predictor, target, owner))
+    here = encoded.counts(indices)
+    step = step or here
+    return Batch(*map(torch.from_numpy, (tokens, positions, pair, part)), *flat, last=torch.from_numpy(last),
+                 lengths=torch.from_numpy(np.diff(encoded.bounds[indices], axis=1)[:, 1:]),
+                 labels={name: torch.from_numpy(values[indices]) for name, values in encoded.labels.items()},
+                 scale={unit: here[unit] / max(1, step[unit]) * (step["pairs"] / here["pairs"]) for unit in here})
+
+
+def batches(encoded, batch_size, device, longest_first=True, together=None):
+    """Yield (indices, Batch) over a whole encoded set, pairs of like length together.
+
+    together (N,): numbers; pairs with the same number stay in one batch, which may then be larger.
+    """
+    order, step = np.arange(len(encoded)), encoded.counts(slice(None))
+    if longest_first:
+        order = np.argsort(-encoded.lengths(), kind="stable")
+    starts = range(0, len(order), batch_size)
+    if together is not None:
+        order = np.argsort(together, kind="stable")
+        first = np.flatnonzero(np.diff(together[order], prepend=-1))  # where another number begins
+        starts = first[np.unique(np.searchsorted(first, np.arange(0, len(order), batch_size)).clip(max=len(first) - 1))]
+    for indices in np.split(order, list(starts)[1:]):
+        yield indices, pack(encoded, indices, step).to(device)
+
+
+# Log-probabilities
 
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time; beyond this, larger chunks are not faster
 
@@ -37,6 +183,14 @@ def sequence_logps(model, hidden, batch, head=None):
 def policy_logps(model, batch):
     """log π(y|x) of every response in a packed batch, (N, responses per prompt), by one forward pass."""
     return sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
+
+
+def precision(dtype, device):
+    """The context of a forward pass: autocast to the dtype of this name; nothing for float32."""
+    return torch.autocast(torch.device(device).type, DTYPES[dtype]) if dtype != "float32" else nullcontext()
+
+
+# Losses
 
 
 def preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, offset, label_smoothing=0.0):

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,11 +60,6 @@ def read_json(path):
 def first_line(error):
     """The first line of an exception's message, or the exception's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def precision(dtype, device):
-    """The context of a forward pass: autocast to the dtype of this name; nothing for float32."""
-    return torch.autocast(torch.device(device).type, DTYPES[dtype]) if dtype != "float32" else nullcontext()
 
 
 @contextmanager
@@ -429,8 +424,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.folder, self.origin = config, None, ""  # the loaded checkpoint: its folder; its path or hub id
-        self.gate = None                                         # of a mixture: lora_moe.Gate
+        self.config, self.folder, self.origin = config, None, ""  # folder: of the checkpoint; origin: its path or hub id
+        self.gate = None                                          # of a mixture: lora_moe.Gate
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
@@ -803,8 +798,8 @@ def load_weights(model, folder, dtype, device):
                 setattr(module, key, nn.Parameter(part) if isinstance(slot, nn.Parameter) else part)
             missing.discard(stored)
     if isinstance(model, ScoreModel) and f"{config.score_name}.weight" in missing:
-        raise UserError(f"{folder}: a language model ({', '.join(config.hf.get('architectures') or ['?'])}), not a score "
-                        f"model: it has no {config.score_name}.weight")
+        kind = ", ".join(config.hf.get("architectures") or ["unnamed"])
+        raise UserError(f"{folder}: a language model ({kind}), not a score model: it has no {config.score_name}.weight")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: tensor {min(missing)} is missing{more}")

@@ -4,7 +4,6 @@ A method is a row of METHODS: a view of the comparisons × what is trained × a 
 its idea, builder, loss, prerequisite runs and row. Then comes what all methods share: settings, the toy base model,
 reference log-probs, the training loop, and the steps of a run in `run` and `main`.
 """
-import difflib
 import json
 import math
 import time
@@ -19,19 +18,18 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import (SOURCES, TEMPLATES, VIEWS, Tokenizer, annotator_type, apply_view, batches, carry_scores,
-                  encode_pairs, flip_labels, load_sources, pack, require, show_pair)
+from data import (SOURCES, TEMPLATES, VIEWS, Tokenizer, annotator_type, apply_view, carry_scores, check_source,
+                  encode_pairs, epoch_order, flip_labels, load_sources, require, show_pair)
 from eval import (Parser, add_margins, as_command, cached_logps, check_values, closing_tables, evaluate_run,
                   mixture_report, numbers, pooled_states, setting, source_names, stop_signals, weighted_names)
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, close_run, count_experts,
                       disable_experts, expert_layers, expert_logps, freeze_experts, gate_weights, is_router,
-                      layer_names, load_adapter, load_checkpoint, open_run, perturb_experts, read_adapter_config,
-                      read_settings, router_weights, save_checkpoint, save_trained, set_routers,
+                      layer_names, load_adapter, load_checkpoint, open_metrics, open_run, perturb_experts,
+                      read_adapter_config, read_settings, router_weights, save_checkpoint, save_trained, set_routers,
                       trainable_parameters, use_expert)
-from losses import policy_logps
+from losses import batches, pack, policy_logps, precision
 from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash, find_folder,
-                   precision, read_config, write_text)
-
+                   read_config, write_text)
 
 # A method: what it consists of, and the forward pass and builder of most of them
 
@@ -77,8 +75,8 @@ class Method:
 
 
 # On toy models, chosen on the development split. For other models the defaults in Config are those of SafeDPO's paper,
-# LoRA's learning rate MidPO's; where a method's preset differs, its comment says whose it is. The papers' global batches
-# are larger (8 or 4 pairs a GPU, on several): --grad_accum.
+# LoRA's learning rate MidPO's; a preset says whose it is. The papers' batches are 8 or 4 pairs on each of several GPUs:
+# --grad_accum makes ours as large.
 TOY = {"epochs": 2, "lora_rank": 16, "lr": lambda v: 1.6e-4 if v["lora_rank"] else 1.6e-5}
 METHODS = {}
 PREFERENCE = ("beta", "label_smoothing")
@@ -102,8 +100,9 @@ def safedpo(logps, reference, batch, config):
                                config.beta, config.delta, config.label_smoothing)
 
 
-METHODS["sft"] = Method("helpful", sft, responses=1, reference="", reads=("init_adapter", "turns"), toy={"lr": TOY["lr"]},
-                        preset={"lr": lambda v: 1e-4 if v["lora_rank"] else 2e-5})  # safe-rlhf's; LoRA: ours
+METHODS["sft"] = Method("helpful", sft, responses=1, reference="", reads=("init_adapter", "turns"),
+                        preset={"lr": lambda v: 1e-4 if v["lora_rank"] else 2e-5},  # safe-rlhf's; LoRA: ours
+                        toy={"lr": TOY["lr"]})
 METHODS["dpo"] = Method("helpful", dpo, reads=("init_adapter", *PREFERENCE))
 METHODS["safedpo"] = Method("safedpo", safedpo, reads=("init_adapter", *PREFERENCE, "delta"),
                             labels=("chosen_unsafe", "rejected_unsafe"))
@@ -210,7 +209,8 @@ def check_rank(config):
 
 SCORES = ("reward_model", "cost_model", "score_template")
 METHODS["spe-dpo"] = Method(
-    "safety", spe_dpo, labels=("margin",), prerequisites=spe_dpo_prerequisites, reads=("init_adapter", *PREFERENCE, *SCORES),
+    "safety", spe_dpo, labels=("margin",), prerequisites=spe_dpo_prerequisites,
+    reads=("init_adapter", *PREFERENCE, *SCORES),
     preset={"lora_rank": 16, "weight_decay": 0.01},
     toy={"epochs": lambda v: 1 if v["view"] == "helpful" else 2})  # about as many steps for either expert
 METHODS["midpo"] = Method(
@@ -294,12 +294,8 @@ def build_mixture(config, model, groups):
 def moe_dpo(outputs, reference, batch, config):
     logps, log_gate = outputs
     reference = reference.permute(2, 0, 1) if reference.dim() == 3 else reference.expand_as(logps)  # (K, N, 2)
-    annotator = None
-    if config.latent == "annotator":  # a pair without one is an annotator of its own
-        group = batch.labels["group"]
-        annotator = torch.where(group < 0, -1 - torch.arange(len(group), device=group.device), group)
-    return losses.moe_dpo_loss(logps, reference, log_gate, config.beta, config.objective, annotator,
-                               config.q_temperature)
+    return losses.moe_dpo_loss(logps, reference, log_gate, config.beta, config.objective,
+                               batch.labels.get("annotator"), config.q_temperature)
 
 
 def check_mixture(config):
@@ -318,17 +314,21 @@ def settle_mixture(config, groups):
     return config
 
 
-def add_pooled(model, encoded, config):
-    """labels["pooled"], (N, D): what a gate on prompts reads."""
+def prepare_mixture(model, encoded, config):
+    """labels["pooled"], (N, D), for a gate on prompts; labels["annotator"], (N,), where annotators have latents."""
     if config.gate == "prompt":
         encoded.labels["pooled"] = pooled_states(model, encoded, 4 * config.batch_size)
+    if config.latent == "annotator":  # a pair without one is an annotator of its own
+        group = encoded.labels["group"]
+        encoded.labels["annotator"] = np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
 
 
 MIXTURE = dict(forward=mixture_logps, build=build_mixture, check=check_mixture, settle=settle_mixture,
-               prepare=add_pooled, report=mixture_report,
+               prepare=prepare_mixture, report=mixture_report,
                reads=("init_adapter", "beta", "experts", "share", "gate", "expert_noise", "references", "objective",
                       "latent", "q_temperature", "router_lr"))
-LORA_MIXTURE = {"lora_rank": 16, "experts": lambda v: len(v["init_adapter"]) or 2,
+# The poster gives no rates. Ours: experts part, and a learned gate leaves 1/K, within a few hundred steps of 8 pairs
+LORA_MIXTURE = {"lora_rank": 16, "lr": 1e-4, "router_lr": 100.0, "experts": lambda v: len(v["init_adapter"]) or 2,
                 "lora_targets": lambda v: "lm_head" if v["share"] == "trunk" else "down_proj"}
 TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 4e-4, "router_lr": 100.0}
 METHODS["mix-dpo"] = Method("helpful", moe_dpo, **MIXTURE, preset=LORA_MIXTURE, toy=TWO_TASTES)
@@ -383,7 +383,7 @@ class Config:
     flip_safety: float = setting(0.0, "share of safety labels to flip", least=0, below=1)
     flip_preference: float = setting(0.0, "share of preferences to flip", least=0, below=1)
     skip_bad_rows: bool = setting(False, "leave out and count the rows that cannot be used, instead of stopping")
-    turns: str = setting("all", "turns of the assistant that SFT trains on, in rows of messages", choices=("all", "last"))
+    turns: str = setting("all", "turns of the assistant that SFT trains on, in messages", choices=("all", "last"))
     reward_model: str = setting("", "score model of helpfulness, for SPE-DPO's margins: a folder or hub id")
     cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
     score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=CHAT)
@@ -467,7 +467,6 @@ def resolve(given, inherited=None):
         values[flag.name] = flag.metadata["read"](value) if flag.metadata["read"] and isinstance(value, str) else value
     check_values(Config, values)
     check_read(values, given)
-    check_sources(values)
     check_inputs(values, given)
     config = Config(**values)
     method.check(config)
@@ -493,23 +492,17 @@ def check_read(values, given):
                 raise UserError(f"--{flag}: not read in this run: {why}")
 
 
-def check_sources(values):
-    """Raise UserError for a source of comparisons, or a toy preference, that there is not."""
-    for source in values["data"]:
-        if source not in SOURCES and not Path(source).exists() and values["data"] != ("toy",):
-            near = difflib.get_close_matches(source, SOURCES, 1)
-            raise UserError(f"--data {source}: neither a file or folder here nor one of toy, {', '.join(SOURCES)}"
-                            + (f"; did you mean {near[0]}?" if near else ""))
+def check_inputs(values, given):
+    """Raise UserError for an input that is not there, or that this run would replace: it lies in --out."""
+    for source in values["data"] if values["data"] != ("toy",) else ():
+        check_source(source)
     unknown = {name for name, _ in values["groups"]} - set(toy.PREFERENCES)
     if values["data"] == ("toy",) and unknown:
         raise UserError(f"--groups: toy has no preference {min(unknown)}; it has {', '.join(toy.PREFERENCES)}")
-
-
-def check_inputs(values, given):
-    """Raise UserError for a given input that is not there, or that this run would replace: it lies in --out."""
     out = Path(values["out"]).resolve()
     for flag in ("model", "data", "init_adapter", "references", "reward_model", "cost_model"):
-        for name in (values[flag] if isinstance(values[flag], tuple) else (values[flag],)) if flag in given else ():
+        value = given.get(flag, ())
+        for name in (value,) if isinstance(value, str) else value:
             path = Path(name).resolve()
             if flag in ("references", "reward_model", "cost_model"):
                 find_folder(name)
@@ -591,10 +584,10 @@ def load_data(config, tokenizer):
     for label in method.labels:
         require(train + test, label, f"--method {config.method} --view {config.view}")
     groups = [] if config.annotators else config.preferences  # with annotators, they are the groups
-    absent = set(groups) - {pair.group for pair in train}
-    if absent:
-        raise UserError(f"--groups: no comparison belongs to {', '.join(sorted(absent))}; there are "
-                        f"{', '.join(sorted({pair.group for pair in train if pair.group})) or 'no groups'}")
+    present = {pair.group for pair in train} - {""}
+    if not present.issuperset(groups):
+        raise UserError(f"--groups: no comparison belongs to {', '.join(sorted(set(groups) - present))}; there are "
+                        f"{', '.join(sorted(present)) or 'no groups'}")
     parts = []
     for name, pairs in (("train", train), ("held_out", test)):
         pairs = [pair for pair in pairs if not groups or pair.group in groups]
@@ -643,7 +636,8 @@ def measure(model, encoded, config):
     """The method's loss and metrics on held-out pairs: {"eval/loss": …, …}, means over the pairs."""
     model.eval()
     sums = {}
-    for indices, batch in batches(encoded, 4 * config.batch_size, config.device, together=annotators_of(encoded, config)):
+    annotator = encoded.labels.get("annotator")
+    for indices, batch in batches(encoded, 4 * config.batch_size, config.device, together=annotator):
         loss, metrics = batch_loss(model, batch, config)
         accumulate(sums, {"loss": loss, **metrics}, len(indices))
     model.train()
@@ -669,47 +663,17 @@ def make_optimizer(parameters, config):
     for name, parameter in parameters:
         kind = config.weight_decay * (parameter.dim() >= 2), config.router_lr if is_router(name) else 1.0
         groups.setdefault(kind, []).append(parameter)
-    groups = [{"params": members, "weight_decay": decay, "factor": factor} for (decay, factor), members in groups.items()]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
-
-
-def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
-    """The order in which pairs are trained on: a permutation for each epoch, joined end to end.
-
-    group (count,): each pair's group. shares: an epoch has pairs of group i in proportion to shares[i], each group's
-    permutation repeated or cut and spread evenly over the epoch, so that every batch mixes them. annotator (count,):
-    the pairs of an annotator stand next to each other, the annotators in a new order in each epoch.
-    """
-    orders = []
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        if shares is not None:
-            members = [order[group[order] == i] for i in range(len(shares))]
-            sizes = [round(count * share / sum(shares)) for share in shares]
-            places = np.concatenate([(np.arange(size) + 0.5) / max(1, size) for size in sizes])
-            pieces = np.concatenate([np.resize(indices, size) for indices, size in zip(members, sizes)])
-            order = pieces[np.argsort(places, kind="stable")]
-        if annotator is not None:
-            turn = np.random.default_rng([seed, epoch, 1]).permutation(annotator.max() + 1)
-            order = order[np.argsort(turn[annotator[order]], kind="stable")]
-        orders.append(order)
-    return np.concatenate(orders)
-
-
-def annotators_of(encoded, config):
-    """(N,) numbers of the annotators that share a latent expert, one for each pair without one; None without latents."""
-    if config.latent != "annotator":
-        return None
-    group = encoded.labels["group"]
-    return np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
+    return torch.optim.AdamW([{"params": members, "weight_decay": decay, "factor": factor}
+                              for (decay, factor), members in groups.items()],
+                             lr=config.lr, betas=(0.9, 0.95), fused=True)
 
 
 def training_order(encoded, config):
     """`epoch_order` with the shares of --groups, and with an annotator's pairs together where they share a latent."""
-    group = encoded.labels.get("group")
+    group, annotator = encoded.labels.get("group"), encoded.labels.get("annotator")
     if config.annotators and config.shares:  # the shares are those of annotator types, the groups are annotators
         group = np.array([config.preferences.index(annotator_type(name)) for name in encoded.groups])[group]
-    return epoch_order(len(encoded), config.epochs, config.seed, group, config.shares, annotators_of(encoded, config))
+    return epoch_order(len(encoded), config.epochs, config.seed, group, config.shares, annotator)
 
 
 def train_step(model, parameters, optimizer, encoded, parts, config, sums):
@@ -764,7 +728,7 @@ def train(model, encoded, held_out, config, out):
                        "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
                     row.update(measure(model, held_out, config))
-                    bar.write(f"step {done}: " + ", ".join(f"{name} {row[name]:.4g}" for name in row if "eval/" in name))
+                    bar.write(f"step {done}: " + ", ".join(f"{k} {row[k]:.4g}" for k in row if k.startswith("eval/")))
                 metrics_file.write(json.dumps(row) + "\n")
                 metrics_file.flush()
                 if wandb_run:
@@ -778,13 +742,6 @@ def train(model, encoded, held_out, config, out):
             if came:
                 raise KeyboardInterrupt
     model.eval()
-
-
-def open_metrics(path, first):
-    """metrics.jsonl, opened to append; rows of steps that a resumed run repeats are removed."""
-    rows = path.read_text(encoding="utf-8").splitlines() if first and path.is_file() else []
-    write_text(path, "".join(row + "\n" for row in rows if json.loads(row)["step"] <= first))
-    return open(path, "a", encoding="utf-8")
 
 
 def start_wandb(config):
@@ -816,7 +773,8 @@ def load_model(config, base, groups=()):
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
     model = METHODS[config.method].build(config, model, groups)
     assert all(parameter.dtype == torch.float32 for _, parameter in trainable_parameters(model))
-    print(*adapter_warnings(model, config.init_adapter, config.template), sep="\n", end="" if not config.init_adapter else "\n")
+    for warning in adapter_warnings(model, config.init_adapter, config.template):
+        print(warning)
     model.model.checkpointing = config.checkpointing
     return model
 
