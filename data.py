@@ -130,8 +130,8 @@ def parse_hh(row):
     ends = [text.rfind("\n\nAssistant:") for text in texts]
     if not all(text.startswith("\n\nHuman:") and end > 0 for text, end in zip(texts, ends)):
         near = difflib.get_close_matches("prompt", set(row) - {"chosen", "rejected"}, 1, 0) or ["none"]
-        raise UserError(f"no field 'prompt' (nearest: {near[0]}); without one, chosen and rejected must be dialogues of "
-                        "hh-rlhf: start with \"\\n\\nHuman:\" and have an \"\\n\\nAssistant:\" turn")
+        raise UserError(f"no field 'prompt' (nearest: {near[0]}); without one, chosen and rejected must be dialogues "
+                        "as in hh-rlhf: start with \"\\n\\nHuman:\" and have an \"\\n\\nAssistant:\" turn")
     prompt = texts[0][:ends[0]]
     answers = tuple(text[end + len("\n\nAssistant:"):].strip() for text, end in zip(texts, ends))
     if prompt != texts[1][:ends[1]]:
@@ -593,6 +593,9 @@ TEMPLATES = {
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content ~ '\n' }}{% endfor %}",
     "raw": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",  # for base models that continue a text
 }
+
+
+TEMPLATE_NAMES = ("chat", *TEMPLATES)
 
 
 class Tokenizer:

@@ -31,13 +31,13 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import toy
-from data import (TEMPLATES, Tokenizer, annotator_type, encode, get_prompt, parse_line, read_lines,
+from data import (TEMPLATE_NAMES, TEMPLATES, Tokenizer, annotator_type, encode, get_prompt, parse_line, read_lines,
                   read_rows, score_margin)
 from lora_moe import (count_experts, disable_experts, expert_layers, expert_logps, export_experts, is_mixture,
                       is_routed, load_trained, merge_experts, router_weights, set_routers, use_expert)
 from losses import batches, policy_logps, precision
-from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_file, content_hash, files_hash, find_folder,
-                   first_line, generate, read_json, write_text)
+from model import (DTYPES, FAMILIES, ScoreModel, Transformer, UserError, atomic_file, content_hash, files_hash,
+                   find_folder, first_line, generate, read_config, read_json, write_text)
 
 # Answers
 
@@ -352,7 +352,12 @@ def mixture_report(model, encoded, held_out, beta, batch_size, dtype="float32"):
 
 def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
     """(score model, its tokenizer). template None: alpaca for safe-rlhf's models, else the tokenizer's own."""
-    model = ScoreModel.from_pretrained(name_or_dir, DTYPES[dtype], device).eval()
+    folder = find_folder(name_or_dir)
+    kind = (read_config(folder).hf.get("architectures") or ["?"])[0]
+    if kind in FAMILIES.values():
+        raise UserError(f"{name_or_dir}: a language model ({kind}), not a score model: it has no score.weight nor "
+                        "score_head.weight")
+    model = ScoreModel.from_pretrained(folder, DTYPES[dtype], device).eval()
     return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))
 
 
@@ -360,7 +365,7 @@ def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
 def score(model, tokenizer, texts, max_len=2048, batch_size=16, device="cpu"):
     """Scores of [(prompt, response)], a list of floats, read at the EOS that ends each response."""
     prompts = [tokenizer.render(prompt) for prompt, _ in texts]
-    encoded = encode(tokenizer, prompts, [(tokenizer.lead + response,) for _, response in texts], max_len)
+    encoded = encode(tokenizer, prompts, [(response,) for _, response in texts], max_len)
     scores = np.empty(len(texts))
     for indices, batch in batches(encoded, batch_size, device):
         scores[indices] = model(batch.tokens, batch.last[:, 0], batch.positions, batch.mask()).cpu()
@@ -401,9 +406,10 @@ def response_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
 
 
 LOGPS_CACHE = Path("out/cache")  # may be deleted at any time
+LOGPS_BATCH = 32  # pairs; not --batch_size, as how a batch is packed changes the last bits of a log-prob
 
 
-def cached_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
+def cached_logps(model, encoded, dtype="float32", device="cpu"):
     """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
     in use, tokens and precision. Every run that needs the same finds them."""
     digest = hashlib.blake2b(dtype.encode(), digest_size=16)
@@ -418,7 +424,7 @@ def cached_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
     path = LOGPS_CACHE / f"logps-{digest.hexdigest()}.safetensors"
     if path.is_file():
         return load_file(path)["logps"]
-    logps = response_logps(model, encoded, batch_size, dtype, device)
+    logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         save_file({"logps": logps}, temporary)
@@ -659,8 +665,8 @@ class Settings:
     seed: int = setting(0, "of such answers", least=0)
     reward_model: str = setting("", "score model of helpfulness: a folder or hub id")
     cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
-    template: str = setting(None, "prompt format of --model, or of --score's models", choices=("chat", *TEMPLATES))
-    score_template: str = setting(None, "prompt format of --make_pairs' score models", choices=("chat", *TEMPLATES))
+    template: str = setting(None, "prompt format of --model, or of --score's models", choices=TEMPLATE_NAMES)
+    score_template: str = setting(None, "prompt format of --make_pairs' score models", choices=TEMPLATE_NAMES)
     max_len: int = setting(2048, "tokens of prompt and response for score models", least=8)
     batch_size: int = setting(16, "responses at a time", least=1)
     dtype: str = setting("float32", "of the score models", choices=tuple(DTYPES))

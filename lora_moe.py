@@ -487,15 +487,15 @@ def base_hash(model):
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         if not is_mixture(name):
-            sample = tensor.detach().flatten()[::tensor.numel() // 4096 + 1].to("cpu", torch.bfloat16)
+            sample = tensor.detach().flatten()[::tensor.numel() // 4096 + 1].bfloat16().float()
             digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
-            digest.update(sample.view(torch.uint8).numpy())
+            digest.update(sample.cpu().numpy())
     return digest.hexdigest()
 
 
 def adapter_warnings(model, folders, template=None):
     """A line for each adapter that was trained on another base or with another template than these."""
-    warnings, base = [], base_hash(model)
+    warnings, base = [], base_hash(model) if folders else ""
     for folder in folders:
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
             metadata = file.metadata() or {}

@@ -65,8 +65,8 @@ class Batch:
     last: torch.Tensor       # (N, R) flat position of each response's last token
     lengths: torch.Tensor    # (N, R) response tokens
     labels: dict             # name -> (N,)
-    scale: dict              # unit of `Encoded.counts` -> factor of a mean over it, so that the mean of a step's batches,
-    #                          weighted by their pairs, is the mean over the step
+    scale: dict              # unit of `Encoded.counts` -> factor of means over it, with which the mean of a step's
+    #                          batches, weighted by their pairs, is the mean over the step
 
     @property
     def shape(self):

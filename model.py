@@ -424,7 +424,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.folder, self.origin = config, None, ""  # folder: of the checkpoint; origin: its path or hub id
+        self.config, self.folder, self.origin = config, None, ""  # folder of the checkpoint, and its path or hub id
         self.gate = None                                          # of a mixture: lora_moe.Gate
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -781,10 +781,8 @@ def load_weights(model, folder, dtype, device):
                     name.startswith("normalizer.") and not config.normalizer):
                 continue
             stored = f"transformer.{name}" if f"transformer.{name}" in layout else name  # GPT-2's first files
-            if stored not in layout and not (isinstance(model, ScoreModel) and name == "lm_head.weight"):
-                raise UserError(f"{path}: unexpected tensor {name}")
             if stored not in layout:
-                break  # a language model: its score head is missing
+                raise UserError(f"{path}: unexpected tensor {name}")
             if is_conv1d(stored):
                 tensor = tensor.transpose(0, -1).contiguous()
             for ours, part in zip(layout[stored], tensor.chunk(len(layout[stored]))):
@@ -797,9 +795,6 @@ def load_weights(model, folder, dtype, device):
                 part = part.to(device)
                 setattr(module, key, nn.Parameter(part) if isinstance(slot, nn.Parameter) else part)
             missing.discard(stored)
-    if isinstance(model, ScoreModel) and f"{config.score_name}.weight" in missing:
-        kind = ", ".join(config.hf.get("architectures") or ["unnamed"])
-        raise UserError(f"{folder}: a language model ({kind}), not a score model: it has no {config.score_name}.weight")
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder}: tensor {min(missing)} is missing{more}")

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import (SOURCES, TEMPLATES, VIEWS, Tokenizer, annotator_type, apply_view, carry_scores, check_source,
-                  encode_pairs, epoch_order, flip_labels, load_sources, require, show_pair)
+from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, annotator_type, apply_view, carry_scores,
+                  check_source, encode_pairs, epoch_order, flip_labels, load_sources, require, show_pair)
 from eval import (Parser, add_margins, as_command, cached_logps, check_values, closing_tables, evaluate_run,
                   mixture_report, numbers, pooled_states, setting, source_names, stop_signals, weighted_names)
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, close_run, count_experts,
@@ -74,9 +74,8 @@ class Method:
     report: Callable | None = None                           # diagnostics of the trained model, for experts.json
 
 
-# On toy models, chosen on the development split. For other models the defaults in Config are those of SafeDPO's paper,
-# LoRA's learning rate MidPO's; a preset says whose it is. The papers' batches are 8 or 4 pairs on each of several GPUs:
-# --grad_accum makes ours as large.
+# TOY was chosen on the development split. For other models the defaults in Config are those of SafeDPO's paper, LoRA's
+# rate MidPO's; a preset says whose it is. The papers' batches are 8 or 4 pairs on each of several GPUs (--grad_accum).
 TOY = {"epochs": 2, "lora_rank": 16, "lr": lambda v: 1.6e-4 if v["lora_rank"] else 1.6e-5}
 METHODS = {}
 PREFERENCE = ("beta", "label_smoothing")
@@ -338,9 +337,6 @@ METHODS["moe-dpo"] = Method("helpful", moe_dpo, **MIXTURE, preset={**LORA_MIXTUR
 # Settings: each is declared once, with its help, default, bounds and how its text is read
 
 
-CHAT = ("chat", *TEMPLATES)
-
-
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. `resolve` replaces a default by what the method or the toy model needs."""
@@ -361,8 +357,8 @@ class Config:
     lora_rank: int = setting(0, "rank of the LoRA experts; 0: all weights (with --share trunk: whole heads)", least=0)
     lora_alpha: float = setting(lambda v: 2.0 * v["lora_rank"] or None, "LoRA scale is alpha / rank", above=0)
     lora_targets: tuple = setting("down_proj", "layers with experts: names, mlp or all-linear", read=layer_names)
-    init_adapter: tuple = setting((), "adapter to start from; once for each expert of midpo (safety, helpfulness) and "
-                                      "mixtures", read=source_names)
+    init_adapter: tuple = setting((), "adapter to start from, or one for each expert of midpo (safety, helpfulness) "
+                                      "and mixtures", read=source_names)
     experts: int = setting(None, "number of experts; of pmol a multiple of the groups (default: as many)", least=1)
     share: str = setting("", "trunk: a mixture's experts are heads on one trunk", choices=("", "trunk"))
     gate: str = setting("constant", "a mixture's weights: numbers, or constant, prompt, user, which learn",
@@ -377,7 +373,7 @@ class Config:
                           read=source_names)
     groups: tuple = setting((), "preferences to mix, comma-separated, optionally weighted: help=2,harm=1 (default: the "
                                 "data's)", read=weighted_names)
-    template: str = setting(None, "prompt format (default: the tokenizer's chat template)", choices=CHAT)
+    template: str = setting(None, "prompt format (default: the tokenizer's chat template)", choices=TEMPLATE_NAMES)
     max_len: int = setting(512, "tokens of prompt and response together", least=8)
     held_out: float = setting(0.02, "share of prompts to hold out where the data has no test split", least=0, below=1)
     flip_safety: float = setting(0.0, "share of safety labels to flip", least=0, below=1)
@@ -386,7 +382,7 @@ class Config:
     turns: str = setting("all", "turns of the assistant that SFT trains on, in messages", choices=("all", "last"))
     reward_model: str = setting("", "score model of helpfulness, for SPE-DPO's margins: a folder or hub id")
     cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
-    score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=CHAT)
+    score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=TEMPLATE_NAMES)
     epochs: int = setting(3, "passes over the pairs", "optimiser", least=1)
     max_steps: int = setting(0, "stop after this many optimiser steps; 0: at the end of the epochs", least=0)
     batch_size: int = setting(8, "pairs per forward pass", least=1)
@@ -535,7 +531,6 @@ def parse_flags(argv):
 
 
 # The toy base model
-
 TOY_BASE = dict(method="sft", lora_rank=0, lr=4e-3, weight_decay=0.05, batch_size=24, epochs=1, warmup=0.05)
 
 
@@ -553,7 +548,6 @@ def toy_base(seed, device):
 
 
 # Pairs and their reference log-probs
-
 HELD_OUT_PAIRS = 1000  # at most this many are measured: the standard error of an accuracy is then 1.6 % or less
 
 
@@ -605,19 +599,18 @@ def reference_logps(model, encoded, config):
 
     They do not change during training, so one pass before it is enough, and one network in memory.
     """
-    settings = 4 * config.batch_size, config.dtype, config.device  # without a backward pass there is room for more rows
     model.eval()
     if config.references:
         models = (Transformer.from_pretrained(folder, device=config.device) for folder in config.references)
-        return torch.stack([cached_logps(one, encoded, *settings) for one in models], dim=-1)
+        return torch.stack([cached_logps(one, encoded, config.dtype, config.device) for one in models], dim=-1)
     if METHODS[config.method].reference == "start" and config.init_adapter:
         logps = []
         for k in range(count_experts(model)):
             use_expert(model, k)
-            logps.append(cached_logps(model, encoded, *settings))
+            logps.append(cached_logps(model, encoded, config.dtype, config.device))
         return torch.stack(logps, dim=-1).squeeze(-1)
     with disable_experts(model):  # new experts are zero: the base is the start
-        return cached_logps(model, encoded, *settings)
+        return cached_logps(model, encoded, config.dtype, config.device)
 
 
 # The training loop
