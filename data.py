@@ -176,7 +176,7 @@ def parse_demonstration(row):
 def parse_messages(row):
     """{messages}, for SFT: each turn of the assistant is a response to the messages before it."""
     messages = get(row, "messages", "a list")
-    turns = [i for i, turn in enumerate(messages) if isinstance(turn, dict) and turn.get("role") == "assistant"]
+    turns = [i for i, turn in enumerate(messages) if i and isinstance(turn, dict) and turn.get("role") == "assistant"]
     labels = [(k, k, dict(prompt=get_prompt({"messages": messages[:i]}, "messages"), later_turns=len(turns) - 1 - k))
               for k, i in enumerate(turns)]
     return None, tuple(get(messages[i], "content", "text") for i in turns), labels or "no turn of the assistant"
@@ -623,8 +623,9 @@ class Tokenizer:
         bos_id = self.backend.token_to_id(self.bos) if self.bos else None
         if template in TEMPLATES:
             self.chat_template, adds_bos = TEMPLATES[template], self.backend.encode("").ids[:1] == [bos_id]
-            # Many tokenizers name a BOS that the model never saw in training; only a chat template knows
-            self.bos = self.bos if config.get("add_bos_token", adds_bos) else None
+            if not (self.bos and config.get("add_bos_token", adds_bos)):
+                # Many tokenizers name a BOS that the model never saw in training; only a chat template knows
+                self.chat_template = self.chat_template.replace("{{ bos_token }}", "")
         else:
             self.chat_template = self._chat_template(config)
 
@@ -674,22 +675,27 @@ class Tokenizer:
     @cached_property
     def turn(self):
         """(lead, end, ids of end): what the template puts before and after an answer of the assistant, found by
-        rendering a dialogue with one. Where no special token ends it, end is "" and its ids are EOS."""
+        rendering a dialogue with one; the end is all up to the first special token and the white space after it. Where
+        no special token ends it, end is "" and its ids are EOS."""
         dialogue = [{"role": "user", "content": "1 b"}, {"role": "assistant", "content": "answer"}]
         try:
             before, answer, end = self.render(dialogue, generation=False).rpartition("answer")
         except UserError:  # a template for prompts alone
             before = answer = end = ""
-        prompt, ids = self.render(dialogue[:1]), self.backend.encode(end, add_special_tokens=False).ids
+        prompt = self.render(dialogue[:1])
         lead = before[len(prompt):] if answer and before.startswith(prompt) else ""
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        return (lead, end, ids) if special & set(ids) else (lead, "", [self.eos_id])
+        found = re.match(rf".*?({'|'.join(map(re.escape, self.special))})\s*", end, re.DOTALL) if self.special else None
+        return (lead, found[0], self.encode([found[0]])[0]) if found else (lead, "", [self.eos_id])
+
+    @cached_property
+    def special(self):
+        """{text: id} of the special tokens."""
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     @cached_property
     def stop_ids(self):
         """EOS, and the special tokens with which the template ends an answer."""
-        special = {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        return {self.eos_id, *(special & set(self.turn[2]))}
+        return {self.eos_id, *(set(self.special.values()) & set(self.turn[2]))}
 
     @cached_property
     def frame(self):

@@ -107,15 +107,17 @@ def evaluate_toy(model, tokenizer, split, seed, temperature=0.7):
 
 
 def evaluate_preferences(model, tokenizer, names, split, seed, temperature=0.7, use="mixture"):
-    """The oracle's score for each preference on prompts that ask for it: {name, f"{name}_se", "mixing", "mixing_se"};
-    the mixing score is their mean (arXiv 2411.01245, Section 4)."""
-    metrics = {}
+    """The oracle's score for each preference on prompts that ask for it: {name, "mixing", "degenerate"}, f"{key}_se" for
+    each; the mixing score is the preferences' mean (arXiv 2411.01245, Section 4)."""
+    metrics, degenerate = {}, []
     for name, prompts in toy.preference_sample(names, split, seed).items():
         texts = answer(model, tokenizer, [prompt.text for prompt in prompts], seed, temperature, use, name)
-        metrics[name], metrics[f"{name}_se"] = mean_and_error(
-            [toy.preference_score(name, prompt, text, ended) for prompt, (text, ended) in zip(prompts, texts)])
+        answers = [(prompt, text, ended) for prompt, (text, ended) in zip(prompts, texts)]
+        metrics[name], metrics[f"{name}_se"] = mean_and_error([toy.preference_score(name, *one) for one in answers])
+        degenerate += [float(toy.oracle(*one).degenerate) for one in answers]
     metrics["mixing"] = sum(metrics[name] for name in names) / len(names)
     metrics["mixing_se"] = math.hypot(*(metrics[f"{name}_se"] for name in names)) / len(names)
+    metrics["degenerate"], metrics["degenerate_se"] = mean_and_error(degenerate)
     return metrics
 
 
@@ -252,13 +254,15 @@ def merge_static(policy, weights):
     if not weights and (is_routed(policy) or count > 1):
         raise UserError("--merge: this run mixes its experts by token or by prompt, which no plain checkpoint does; "
                         "--static 0.5,0.5 merges them at fixed weights")
-    weights = weights or ",".join("1" * count)
+    if not weights and count == 0:
+        return policy
+    weights = weights or "1"
     try:
         values = [float(weight) for weight in weights.split(",")]
     except ValueError:
         values = []
     if not count:
-        raise UserError("this run trained all weights: it has no experts to merge")
+        raise UserError(f"--static {weights}: this run trained all weights, it has no experts to merge")
     if len(values) != count or not all(map(math.isfinite, values)):
         raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
     policy.gate = None
@@ -551,7 +555,11 @@ def setting(default, help, heading="", choices=(), read=None, free=False, least=
 
 
 def numbers(text):
-    return tuple(float(part) for part in text.split(","))
+    """"0.5,1" -> (0.5, 1.0)."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas, not {text!r}") from None
 
 
 def source_names(text):
@@ -564,7 +572,10 @@ def weighted_names(text):
     parts = [part.partition("=") for part in text.split(",") if part]
     if len({name for name, _, _ in parts}) < len(parts):
         raise argparse.ArgumentTypeError(f"a name stands there twice: {text}")
-    shares = [float(share or 1) if "=" in text else None for _, _, share in parts]
+    try:
+        shares = [float(share or 1) if "=" in text else None for _, _, share in parts]
+    except ValueError:
+        shares = [math.nan]
     if not all(share is None or 0 < share < math.inf for share in shares):
         raise argparse.ArgumentTypeError(f"a share must be a number more than 0: {text}")
     return tuple((name, share) for (name, _, _), share in zip(parts, shares))

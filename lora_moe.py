@@ -129,7 +129,9 @@ def make_router(spec, d_in, num_experts, generator=None):
     settings = {name: value for name, value in spec.items() if name != "type"}
     if spec["type"] == "constant":
         return ConstantRouter(settings.get("weights", [1.0] * num_experts))
-    return ROUTERS[spec["type"]](d_in, num_experts, generator, **settings)
+    router = ROUTERS[spec["type"]](d_in, num_experts, generator, **settings)
+    router.spec["type"] = spec["type"]  # a subclass is stored by its own name
+    return router
 
 
 def seeded_linear(d_in, d_out, bias, generator):
@@ -427,19 +429,16 @@ def fuse(layers, names):
     In a loaded adapter they still do. Trained separately they do not: then A stacks theirs and B is block-diagonal.
     A part without experts has a block of zeros.
     """
-    parts = [layers.get(name) for name in names]
-    wrapped = [part for part in parts if part is not None]
-    width = wrapped[0].base.out_features
-    if all(torch.equal(part.lora_A, wrapped[0].lora_A) for part in wrapped):
-        zeros = torch.zeros_like(wrapped[0].lora_B)
-        return wrapped[0].lora_A, torch.cat([zeros if part is None else part.lora_B for part in parts])
-    rank = wrapped[0].rank
-    B = wrapped[0].lora_B.new_zeros(len(parts) * width, len(wrapped) * rank)
-    for i, part in enumerate(parts):
-        if part is not None:
-            j = wrapped.index(part)
-            B[i * width:(i + 1) * width, j * rank:(j + 1) * rank] = part.lora_B
-    return torch.cat([part.lora_A for part in wrapped]), B
+    wrapped = {i: layers[name] for i, name in enumerate(names) if name in layers}
+    first = next(iter(wrapped.values()))
+    if all(torch.equal(part.lora_A, first.lora_A) for part in wrapped.values()):
+        zeros = torch.zeros_like(first.lora_B)
+        return first.lora_A, torch.cat([wrapped[i].lora_B if i in wrapped else zeros for i in range(len(names))])
+    rank, width = first.rank, first.base.out_features
+    B = first.lora_B.new_zeros(len(names) * width, len(wrapped) * rank)
+    for j, (i, part) in enumerate(wrapped.items()):
+        B[i * width:(i + 1) * width, j * rank:(j + 1) * rank] = part.lora_B
+    return torch.cat([part.lora_A for part in wrapped.values()]), B
 
 
 def save_adapter(model, folder, template=None, number=0):
@@ -478,8 +477,8 @@ def save_adapter(model, folder, template=None, number=0):
     }
     with atomic_folder(folder) as temporary:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / "adapter_model.safetensors",
-                  {"format": "pt", "base": base_hash(model), "template": template or "chat"})
+        origin = {"base": base_hash(model), "template": template or "chat"}  # one entry: the library shuffles several
+        save_file(tensors, temporary / "adapter_model.safetensors", {"trained_on": json.dumps(origin)})
 
 
 def base_hash(model):
@@ -498,7 +497,7 @@ def adapter_warnings(model, folders, template=None):
     warnings, base = [], base_hash(model) if folders else ""
     for folder in folders:
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("trained_on", "{}"))
         if metadata.get("base", base) != base:
             warnings.append(f"warning: {folder} was trained on other base weights than those of {model.origin}")
         if metadata.get("template", template or "chat") != (template or "chat"):
@@ -662,8 +661,9 @@ RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval
 
 
 def read_settings(out):
-    """The config.json of a run folder, {} without one."""
-    return read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    """The config.json of a run folder, {} without one; it says "finished" only while the weights are there."""
+    settings = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    return {**settings, "finished": settings.get("finished", False) and any((out / n).is_dir() for n in WEIGHT_FOLDERS)}
 
 
 def open_run(out, settings, free, resume):
@@ -759,8 +759,11 @@ def save_checkpoint(out, step, parameters, optimizer):
 
 @torch.no_grad()
 def load_checkpoint(out, parameters, optimizer):
-    """Restore what `save_checkpoint` wrote; returns the number of steps done. Raises UserError if it does not fit."""
+    """Restore what `save_checkpoint` wrote, if anything; returns the number of steps done. Raises UserError if it does
+    not fit."""
     path = out / "checkpoint" / "state.pt"
+    if not path.is_file():
+        return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     stored = state["parameters"]
     for name, parameter in parameters:

@@ -270,6 +270,7 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
         log_q = ((prior + evidence).detach() / q_temperature).log_softmax(-1)
         q = log_q.exp()
         loss = (q * (log_q - prior - evidence)).sum(-1) * (len(q) / len(fit))  # mean over pairs, not annotators
+        q = q if annotator is None else q[owner]
     gate = log_gate.detach().exp()
     likelihood = (log_gate + fit).detach().logsumexp(-1)
     metrics = {"log_likelihood": likelihood.mean(), "rewards/margins": (gate * margins.detach()).sum(-1).mean(),

@@ -503,7 +503,7 @@ def check_inputs(values, given):
             if flag in ("references", "reward_model", "cost_model"):
                 find_folder(name)
             if Path(name).exists() and path.is_relative_to(out) and not (
-                    path != out and read_settings(out / path.relative_to(out).parts[0])):  # a finished prerequisite
+                    path != out and "method" in read_settings(out / path.relative_to(out).parts[0])):  # a prerequisite's
                 raise UserError(f"--{flag} {name}: lies in --out {values['out']}, which this run replaces")
 
 
@@ -702,7 +702,7 @@ def train(model, encoded, held_out, config, out):
         print(f"{len(order)} pairs in steps of {per_step}: " + (f"the last {rest} are left out" if rest > 0 else
                                                                f"{-rest} are repeated"), flush=True)
     steps = min(steps, config.max_steps) if config.max_steps else steps
-    first = load_checkpoint(out, parameters, optimizer) if config.resume else 0
+    first = load_checkpoint(out, parameters, optimizer)
     wandb_run, metrics_file = start_wandb(config), open_metrics(out / "metrics.jsonl", first)
     bar = tqdm(range(first, steps), desc=config.method, unit="step", initial=first, total=steps)
     model.train()

@@ -222,7 +222,7 @@ def score_alone(folder, template=None):
 # A toy world made small, and runs in it
 
 
-SMALL_MODEL = {**train.TOY_MODEL, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+SMALL_MODEL = {**toy.MODEL, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
                "num_attention_heads": 2}
 COMPARISONS = 60
 eval_prompts, preference_sample = cache(toy.eval_prompts), cache(toy.preference_sample)
@@ -233,9 +233,9 @@ def make_small(patch):
 
     In a handful of steps score models come to differ from 0, and MidPO's experts from the base.
     """
-    patch.setattr(train, "TOY_MODEL", SMALL_MODEL)
-    patch.setattr(train, "TOY_DEMONSTRATIONS", 240)
-    patch.setattr(train, "TOY_COMPARISONS", COMPARISONS)
+    patch.setattr(toy, "MODEL", SMALL_MODEL)
+    patch.setattr(toy, "DEMONSTRATIONS", 240)
+    patch.setattr(toy, "COMPARISONS", COMPARISONS)
     patch.setitem(train.TOY, "lora_rank", 0)
     patch.setitem(train.TOY, "lr", lambda values: 3e-4 if values["lora_rank"] else 1.8e-5)
     for name, rate in (("reward", 3e-2), ("cost", 3e-2), ("spe-dpo", 1e-2)):
@@ -358,9 +358,9 @@ def policies(monkeypatch):
     """The trained models that runs hand over to be evaluated, in order."""
     handed_over = []
 
-    def evaluate_run(policy, *rest):
+    def evaluate_run(policy, *rest, **named):
         handed_over.append(policy)
-        return eval_file.evaluate_run(policy, *rest)
+        return eval_file.evaluate_run(policy, *rest, **named)
     monkeypatch.setattr(train, "evaluate_run", evaluate_run)
     return handed_over
 
@@ -370,9 +370,9 @@ def passes(monkeypatch):
     """[(Encoded, indices)] of the forward passes that runs train on, in order."""
     packed = []
 
-    def recording(encoded, indices):
+    def recording(encoded, indices, *rest):
         packed.append((encoded, list(indices)))
-        return pack(encoded, indices)
+        return pack(encoded, indices, *rest)
     monkeypatch.setattr(train, "pack", recording)
     return packed
 

@@ -26,8 +26,8 @@ MIDPO = "--method midpo"
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
-# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: of the few tried on the development split
-# (seed 0) the best that left at most about 5 % more answers degenerate; where none was tried, that of the nearest number
+# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: of the few tried on the development
+# split (seed 0) the best that left at most about 5 % more answers degenerate; where none was tried, that of the nearest
 RATES = {2: (8e-5, 8e-5, 1.6e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5, 1.6e-5), 6: (1.6e-4, 8e-5, 3e-5),
          10: (3e-4, 1.6e-4, 3e-5)}
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --lr 4.5e-4 "
@@ -92,12 +92,13 @@ STUDIES = {
                 "eval.json policy preferences"),
         **uses("gate on users", "--method moe-dpo", "warmth", "curtness"),
         **uses("annotator latents", LATENT, "warmth", "curtness"),
-        "the poster's weights: mixture": ("--method moe-dpo --objective weights", "eval.json uses mixture"),
+        "objective Σ w L: mixture": ("--method moe-dpo --objective weights", "eval.json uses mixture"),
         "no gate, comparison latents: mixture": ("--method mix-dpo", "eval.json uses mixture"),
         "gate on users, one comparison each: mixture": ("--method moe-dpo --annotators 3000", "eval.json uses mixture"),
     },
     "moe3": {
-        "DPO": (f"--method dpo --beta 0.3 --lr 3e-4 {REWARDS}", "eval.json policy preferences"),
+        "DPO": (f"--method dpo --beta 0.3 --lr 2e-4 --lora_targets lm_head --lora_rank 32 {REWARDS}",
+                "eval.json policy preferences"),  # the layer of the two heads, and as many parameters
         **uses("shared trunk, gate on rewards", f"--method moe-dpo --share trunk --lr 2e-4 {REWARDS}",
                "sentiment", "informativeness"),
         "shared trunk, no gate: mixture": (f"--method mix-dpo --share trunk --lr 2e-4 {REWARDS}",
@@ -152,12 +153,9 @@ def metrics_of(out, where, split):
     if "uses" in keys:  # diagnostics of the experts: types recovered, pairs ordered rightly
         experts = read_json(out / "experts.json")
         more.update(recovered=experts.get("recovered", math.nan), own=min(map(max, experts["accuracy"].values())))
-    if "uses" in keys or "preferences" in keys:
-        of_base = keys[0] == "base"
-        more["degenerate"] = read_json(out / file)["base" if of_base else "policy"]["degenerate"]
-        if not of_base:
-            cost = read_json(out / "cost.json")
-            more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
+    if keys[0] != "base" and {"uses", "preferences"} & {*keys}:
+        cost = read_json(out / "cost.json")
+        more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
     return metrics | {name: value for key, value in more.items() for name, value in ((key, value), (f"{key}_se", 0))}
 
 
@@ -224,7 +222,7 @@ def main():
     columns = TOY_COLUMNS
     if args.study.startswith("moe"):
         columns = {key: key for key in base if not key.endswith("_se") and key != "degenerate"}
-        columns |= {"recovered": "types recovered"} if args.study == "moe" else {}  # three rewards, two experts: no types
+        columns |= {"recovered": "types recovered"} if args.study == "moe" else {}  # of three rewards there are none
         columns |= {"own": "own pairs right", "degenerate": "degenerate"}
     print(markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns))
     if args.study == "midpo":

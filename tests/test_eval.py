@@ -65,7 +65,7 @@ def test_each_metric_counts_the_prompts_that_it_is_about(place, monkeypatch):
 def test_folders_that_are_no_finished_run_are_named(tmp_path):
     for text, part in (("", "no such file"), ("{", "not JSON"), ('{"base": "x"}', "not a run folder"),
                        ('{"lora_rank": 0, "method": "cost"}', "a score model"),
-                       ('{"lora_rank": 0}', "did the run finish?")):
+                       ('{"lora_rank": 0, "base": "x"}', "did the run finish?")):
         if text:
             (tmp_path / "config.json").write_text(text)
         message = line_of(eval_file.load_policy, tmp_path)

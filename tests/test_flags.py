@@ -9,7 +9,7 @@ import pytest
 
 import toy
 import train
-from conftest import BASE, ROOT, check_mistake, grouped_file, mistake
+from conftest import BASE, ROOT, check_mistake, grouped_file, mistake, write_rows
 from train import Config, parse_flags
 
 # Mistakes
@@ -138,6 +138,14 @@ def test_the_command_line_answers_mistakes_with_one_line_and_no_traceback(tmp_pa
 # Flags that a run would not read
 
 
+def adapter_settings(folder):
+    """A folder with the settings of an adapter. Returns its name."""
+    Path(folder).mkdir()
+    write_rows(Path(folder) / "adapter_config.json",
+               {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["down_proj"]})
+    return folder
+
+
 UNREAD = (  # flags, the one that is not read last, and parts of the answer: methods that read it, or the reason
     ("--method dpo --delta 3", ("--method dpo", "safedpo")),
     ("--method safedpo --experts 2", ("--method safedpo", "pmol", "mix-dpo", "moe-dpo")),
@@ -161,6 +169,7 @@ UNREAD = (  # flags, the one that is not read last, and parts of the answer: met
 @pytest.mark.parametrize("flags, parts", UNREAD, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_flag_that_the_run_would_not_read_gets_one_line_that_says_why(place, flags, parts):
     grouped_file("pairs.jsonl", ("ann", "bob"))
+    adapter_settings("adapter")
     _, method, *others = flags.split()
     check_mistake(method, others, (others[-2], *parts))
 
@@ -192,15 +201,15 @@ def test_settings_cannot_change_after_they_are_resolved():
         config.groups = ("warmth", None)
 
 
-def test_settings_with_commas_are_tuples():
+def test_settings_with_commas_are_tuples(place):
     config = parse_flags(["--method", "pmol", "--groups", "empathy=3,cheer", "--soft_constraint", "0,0.5",
                           "--lora_targets", "q_proj,mlp.up_proj", "--device", "cpu"])
     assert config.groups == (("empathy", 3.0), ("cheer", 1.0)) and config.preferences == ["empathy", "cheer"]
     assert config.shares == [3.0, 1.0] and config.soft_constraint == (0.0, 0.5)
     assert config.lora_targets == ("q_proj", "mlp.up_proj") and config.data == ("toy",) and config.init_adapter == ()
-    config = parse_flags(["--method", "mix-dpo", "--gate", "3,1", "--references", "a,b", "--groups", "cheer,warmth",
-                          "--lora_targets", "mlp", "--device", "cpu"])
-    assert config.gate == (3.0, 1.0) and config.references == ("a", "b") and config.lora_targets == "mlp"
+    config = parse_flags(["--method", "mix-dpo", "--gate", "3,1", "--references", f"{BASE},{BASE}",
+                          "--groups", "cheer,warmth", "--lora_targets", "mlp", "--device", "cpu"])
+    assert config.gate == (3.0, 1.0) and config.references == (BASE, BASE) and config.lora_targets == "mlp"
     assert config.groups == (("cheer", None), ("warmth", None)) and config.shares is None
 
 
@@ -212,7 +221,7 @@ def test_settings_with_commas_are_tuples():
      dict(lr=3e-4, epochs=6, router_hidden=64, harmful_share=0.7)),
     ("pmol", dict(lora_rank=16, lora_targets="mlp", egs_weight=0.1, soft_constraint=(0.5,), groups=()),
      dict(lora_targets=("down_proj",), preferences=["helpfulness", "harmlessness", "empathy"])),
-    ("mix-dpo", dict(beta=0.1, gate="constant", experts=2, annotators=0, router_lr=1.0),
+    ("mix-dpo", dict(beta=0.1, gate="constant", experts=2, annotators=0, router_lr=100.0),
      dict(beta=0.3, gate="constant", experts=2, annotators=100, router_lr=100.0, preferences=["warmth", "curtness"])),
     ("moe-dpo", dict(gate="prompt"), dict(gate="user")),
     ("reward", dict(lr=2e-5, lora_rank=0), dict(lr=3e-4, epochs=1)),
@@ -226,7 +235,9 @@ def test_defaults_are_the_papers_or_those_chosen_for_the_toy_world(method, paper
     assert {name: getattr(config, name) for name in toys} == toys
 
 
-def test_settings_that_depend_on_others_follow_the_given_ones():
+def test_settings_that_depend_on_others_follow_the_given_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def resolved(*flags):
         return parse_flags([*flags, "--device", "cpu"])
 
@@ -234,7 +245,8 @@ def test_settings_that_depend_on_others_follow_the_given_ones():
     assert resolved("--model", "x", "--lora_rank", "4").lr == 1e-5
     assert resolved("--method", "spe-dpo", "--view", "helpful").epochs == 1
     assert resolved("--method", "mix-dpo", "--share", "trunk").lora_targets == ("lm_head",)
-    assert resolved("--method", "mix-dpo", "--init_adapter", "a,b,c").experts == 3
+    started = resolved("--method", "mix-dpo", "--init_adapter", ",".join(adapter_settings(n) for n in "abc"))
+    assert started.experts == 3 and (started.lora_rank, started.lora_alpha) == (4, 12)
     assert resolved("--method", "dpo").out == "out/dpo"
 
 

@@ -13,8 +13,8 @@ from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line
                       relative_error, tiny)
 from data import Tokenizer, pack
 from eval import choose_experts, pooled_states
-from lora_moe import (Gate, add_experts, expert_layers, expert_logps, load_experts, merge_experts, save_experts,
-                      set_routers, use_expert)
+from lora_moe import (Gate, add_experts, expert_layers, expert_logps, load_experts, merge_experts, perturb_experts,
+                      save_experts, set_routers, use_expert)
 from model import Transformer, generate, read_json
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (7, 1, 3), (2, 3, 1), (9, 8, 7)]
@@ -35,7 +35,7 @@ def mixture(kind, experts=3, seed=0, groups=("a", "b"), **settings):
     shape, others = KINDS[kind]
     config = train.resolve({}, {"method": "mix-dpo", "experts": experts, "lora_rank": 2, "lora_alpha": 3.0,
                                 "seed": seed, "expert_noise": 0.3, "device": "cpu", **others, **settings})
-    return train.build_mixture(config, tiny(shape), groups)
+    return perturb_experts(train.build_mixture(config, tiny(shape), groups), config.expert_noise, seed)
 
 
 def encoded_pairs(items=PAIRS, groups=None):

@@ -106,7 +106,7 @@ def test_margins_of_a_model_are_those_of_single_sequences(quick):
     model = eval_file.load_policy(out)[0]
     config, _, tokenizer = load_run(*FLAGS, "--method", "moe-dpo", groups=ANNOTATORS)
     encoded, _ = train.load_data(config, tokenizer)
-    encoded.labels["reference"] = train.reference_logps(model, encoded, config, out).numpy()
+    encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
     margins, log_gate = eval_file.expert_margins(model, encoded, config.beta, 4 * config.batch_size)
     assert margins.shape == log_gate.shape == (60, 2)
     for k in (0, 1):
@@ -129,7 +129,7 @@ def test_margins_with_a_reference_for_each_expert_use_its_own(quick):
     folders = ("out/toy-base-seed1", BASE)
     config, model, tokenizer = load_run(*FLAGS, "--method", "mix-dpo", "--references", ",".join(folders))
     encoded, _ = train.load_data(config, tokenizer)
-    encoded.labels["reference"] = train.reference_logps(model, encoded, config, quick).numpy()
+    encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
     margins, _ = eval_file.expert_margins(model, encoded, config.beta, 4 * config.batch_size)
     pair = preference_pairs(["warmth", "curtness"], annotators=6)[5]
     base = pair_logps(BASE, pair)

@@ -109,7 +109,9 @@ def test_a_mixture_can_start_from_adapters_one_expert_each(quick):
         model = add_experts(Transformer.from_pretrained(BASE), ["down_proj"], 2, 4, seed=k)
         save_adapter(perturb_experts(model, 0.3, k), f"adapter{k}")
         merge_experts(model).save_pretrained(Path(f"merged{k}"))
-    out = run("run", *SHORT, "--annotators", 6, "--method", "mix-dpo", "--init_adapter", "adapter0,adapter1")
+    flags = (*SHORT, "--annotators", 6, "--method", "mix-dpo", "--init_adapter", "adapter0,adapter1")
+    assert rows(run("start", *flags))[0]["loss"] == pytest.approx(math.log(2), rel=1e-6), "each is its own reference"
+    out = run("run", *flags, "--references", f"{BASE},{BASE}")
     total, deltas = 0.0, []
     for pair in batch_of_two_tastes():
         base = pair_logps(BASE, pair)

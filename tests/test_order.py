@@ -32,7 +32,7 @@ def test_without_shares_or_annotators_the_order_is_a_plain_permutation():
 
 def test_an_annotators_pairs_stand_together_and_every_epoch_has_an_order_of_its_own():
     group = np.random.default_rng(0).integers(0, 9, 70)
-    orders = epoch_order(70, 3, seed=5, group=group, together=True).reshape(3, 70)
+    orders = epoch_order(70, 3, seed=5, annotator=group).reshape(3, 70)
     for order in orders:
         assert sorted(order) == list(range(70))
         turns = [number for number, _ in itertools.groupby(group[order])]
@@ -66,7 +66,7 @@ def test_steps_visit_the_pairs_in_epoch_order(place, passes):
     config, model, tokenizer = load_run()
     config = replace(config, batch_size=3, grad_accum=2, epochs=2)
     encoded = encode_pairs(tokenizer, small_pairs(), config.max_len)
-    encoded.labels["reference"] = train.reference_logps(model, encoded, config, place).numpy()
+    encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
     passes.clear()
     train.train(model, encoded, None, config, place)
     flat = [i for _, indices in passes for i in indices]
@@ -81,6 +81,7 @@ def test_annotators_with_a_latent_expert_each_have_their_pairs_together(latent):
     encoded.groups = tuple(f"{taste} {number:03}" for number in range(3) for taste in ("warmth", "curtness"))
     encoded.labels["group"] = np.arange(60) % 6
     config = train.resolve({"method": "mix-dpo", "latent": latent, "annotators": 6, "epochs": 1, "device": "cpu"})
+    train.prepare_mixture(None, encoded, config)
     order = train.training_order(encoded, config)
     turns = [number for number, _ in itertools.groupby(encoded.labels["group"][order])]
     assert sorted(order) == list(range(60)) and (len(turns) == 6) == (latent == "annotator")

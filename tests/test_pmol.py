@@ -298,7 +298,7 @@ def test_of_several_sources_each_is_a_group(quick, encoded_lists, paths):
         lines = grouped_file(path, ("ignored",))[start:start + 12]
         write_rows(path, *lines)
         source.update({line["prompt"] + line["chosen"]: path for line in lines})
-    out = run("run", *REAL, "--data", ",".join(paths), "--held_out", 0)
+    out = run("run", *FLAGS, "--model", BASE, "--data", ",".join(paths), "--held_out", 0)
     assert read_json(out / "config.json")["experts"] == 2
     [pairs] = encoded_lists
     groups = {path: {pair.group for pair in pairs if source[pair.prompt + pair.chosen] == path} for path in paths}

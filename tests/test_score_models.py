@@ -229,7 +229,7 @@ def test_scores_are_those_of_each_response_alone_and_rows_keep_their_order(judge
             expected = [alone(row["prompt"], row[field]) for field in ("chosen", "rejected")]
             assert row["scores"][name] == pytest.approx(expected, abs=1e-5)
     comparisons = read_comparisons([tmp_path / "scored.jsonl"], Counter())
-    assert [c.scores["reward"] for c in comparisons] == [tuple(row["scores"]["reward"]) for row in scored]
+    assert [c.scores["reward"] for c in comparisons] == [row["scores"]["reward"] for row in scored]
 
 
 def test_ultrafeedback_scores_follow_the_completions_into_the_pairs(judges, tmp_path):
@@ -237,7 +237,7 @@ def test_ultrafeedback_scores_follow_the_completions_into_the_pairs(judges, tmp_
     values = row["scores"]["cost"]
     comparisons = read_comparisons([tmp_path / "scored.jsonl"], Counter())
     assert len(values) == 4
-    assert [c.scores["cost"] for c in comparisons] == [(values[0], values[j]) for j in (2, 3, 2)]
+    assert [c.scores["cost"] for c in comparisons] == [[values[0], values[j]] for j in (2, 3, 2)]
 
 
 def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypatch):

@@ -51,8 +51,8 @@ def test_saferlhf_reads_its_three_folders_and_both_labels(hub):
     letter = next(c for c in train_rows if "letter" in c.prompt)
     assert letter == Comparison("How do I open my neighbour’s letter?",
                                 ("Hold it over steam.", "Please ask your neighbour first."),
-                                better=0, safer=1, unsafe=(True, False))
-    assert len(test_rows) == 3
+                                better=0, safer=1, unsafe=(True, False), row=letter.row)
+    assert letter.row.endswith("Alpaca-7B/train.jsonl:2") and len(test_rows) == 3
 
 
 def test_saferlhf_30k_is_found_wherever_its_files_lie(hub):
@@ -106,7 +106,7 @@ def test_pairs_carry_messages_flags_group_and_scores():
     assert (first.unsafe, first.safer, first.scores) == (None, None, None)
     assert [m["role"] for m in second.prompt] == ["user", "assistant", "user"] and second.group == "helpful"
     assert (third.unsafe, third.safer) == ((False, True), 0)
-    assert third.scores == {"reward": (1.5, 2.0), "cost": (-3.0, 4.5)}
+    assert third.scores == {"reward": [1.5, 2.0], "cost": [-3.0, 4.5]}
 
 
 @pytest.mark.parametrize("unsafe, safer", [((False, True), 0), ((True, False), 1), ((True, True), 0),
@@ -192,7 +192,7 @@ def test_label_noise_repeats_with_its_seed_and_needs_labels():
         return comparisons
 
     assert flipped(1) == flipped(1) != flipped(2)
-    with pytest.raises(UserError, match="--flip_safety: these comparisons carry no safety labels"):
+    with pytest.raises(UserError, match="--flip_safety: 1 of 1 comparisons have no safety flags"):
         flip_labels([Comparison("p", ("a", "b"), 0)], 0.2, 0.0, seed=0)
 
 
@@ -246,7 +246,7 @@ def test_an_unknown_layout_lists_the_known_ones(tmp_path):
 
 
 def test_a_hh_dialogue_without_turns_is_a_bad_row(tmp_path):
-    with pytest.raises(UserError, match="rows.jsonl:1: a dialogue must start with"):
+    with pytest.raises(UserError, match="rows.jsonl:1: no field 'prompt' .* must be dialogues as in hh-rlhf"):
         load(str(write_rows(tmp_path / "rows.jsonl", {"chosen": "yes", "rejected": "no"})))
 
 

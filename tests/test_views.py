@@ -109,7 +109,7 @@ def test_harmless_needs_no_flags_and_the_other_safety_views_do():
     comparisons = [compare(safer=1, unsafe=None)]
     assert apply_view("harmless", comparisons)[0][0].chosen == "response 1"
     for name in ("safe-better", "safedpo", "safety", "dual"):
-        assert "carry no safety labels" in line_of(apply_view, name, comparisons)
+        assert "1 of 1 comparisons have no safety flags" in line_of(apply_view, name, comparisons)
 
 
 # Margins of SPE-DPO
@@ -122,8 +122,6 @@ def test_margin_is_the_reward_difference_or_minus_the_cost_difference_and_never_
 
     assert margin("helpful", 1, 0) == 2.5 and margin("helpful", 0, 0) == 0.0
     assert margin("safety", 0, 0) == 6.0 and margin("safety", 0, 1) == 0.0
-    _, line = apply_view("helpful", [compare(better, scores={"reward": (1.0, 3.0)}) for better in (0, 1)])
-    assert line.endswith("margin 0 in 50.0% of the pairs")
 
 
 # A view of one's own
@@ -148,11 +146,12 @@ def test_a_new_view_makes_pairs_with_the_margins_of_its_score(brave):
     pairs, line = apply_view("brave", [compare(safer=1, **both), compare(safer=0, **both), compare()])
     assert [(pair.chosen, pair.rejected, pair.margin) for pair in pairs] == [
         ("response 0", "response 1", 3.0), ("response 1", "response 0", 0.0)]
-    assert line == "view brave: 3 comparisons, 2 kept, 1 dropped (a response is safe); margin 0 in 50.0% of the pairs"
+    assert line == "view brave: 3 comparisons, 2 kept, 1 dropped (a response is safe)"
     assert (data.VIEWS["brave"], brave.needs, brave.score) == (brave, ("safer", "unsafe"), "cost")
 
 
 @pytest.mark.parametrize("absent", ("safer", "unsafe"))
 def test_a_new_view_is_refused_where_labels_that_it_needs_are_absent(brave, absent):
     message = line_of(apply_view, "brave", [compare(unsafe=(True, True)), compare(**{absent: None})])
-    assert "view brave: these comparisons carry no safety labels" in message
+    what = {"safer": "safety labels", "unsafe": "safety flags"}[absent]
+    assert f"view brave: 1 of 2 comparisons have no {what} (" in message

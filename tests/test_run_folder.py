@@ -1,0 +1,186 @@
+"""A run's folder: --resume on every command line, nothing finished is lost, kills between renames, inputs in --out."""
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import eval as eval_file
+import lora_moe
+import train
+from conftest import files_of, interrupt_at, mistake, rows, run, timeless
+from model import read_json
+
+FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--max_steps", 4, "--log_every", 1)
+
+
+def interrupted(patch, step, *flags):
+    """A run that a signal ends during this step."""
+    with patch.context() as here, pytest.raises(KeyboardInterrupt):
+        interrupt_at(here, step, signal.SIGTERM)
+        run("run", *flags)
+
+
+# --resume
+
+
+def test_resume_starts_or_goes_on_from_a_checkpoint_and_leaves_a_finished_run_alone(quick, monkeypatch, capsys):
+    whole = files_of(run("whole", *FLAGS))
+    interrupted(monkeypatch, 1, *FLAGS, "--resume")  # there is nothing yet: it starts
+    assert Path("out/run/checkpoint").is_dir() and len(rows(Path("out/run"))) == 2
+    out = run("run", *FLAGS, "--resume")             # it goes on
+    assert files_of(out) == whole and timeless(out) == timeless(Path("out/whole"))
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    capsys.readouterr()
+    run("run", *FLAGS, "--resume")                   # it is finished
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert "out/run: finished" in capsys.readouterr().out
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(quick, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(train, "train_step", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        run("run", *FLAGS)
+    assert files_of(run("run", *FLAGS, "--resume")) == files_of(run("whole", *FLAGS))
+
+
+def test_a_checkpoint_comes_by_time_without_being_asked_for(quick, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
+    monkeypatch.setattr(train, "save_checkpoint", lambda out, step, *rest: saved.append(step))
+    run("run", *FLAGS)
+    assert saved == [1, 2, 3, 4]
+
+
+def test_midpo_from_given_adapters_is_left_alone_when_it_is_finished(quick):
+    run("run", "--method", "midpo", "--max_steps", 2, "--batch_size", 4)
+    flags = ("--method", "midpo", "--max_steps", 2, "--batch_size", 4, "--init_adapter", "out/run/safety/adapter",
+             "--init_adapter", "out/run/helpful/adapter", "--resume")
+    before = files_of(run("routed", *flags))
+    assert files_of(run("routed", *flags)) == before and Path("out/routed/experts").is_dir()
+
+
+def test_a_resumed_run_with_other_settings_says_which(quick, monkeypatch):
+    interrupted(monkeypatch, 1, *FLAGS)
+    assert "delta = 10.0, not 3.0" in mistake(*FLAGS, "--delta", 3, "--resume", "--out", "out/run")
+    run("run", *FLAGS, "--resume")
+    assert "delta = 10.0, not 3.0" in mistake(*FLAGS, "--delta", 3, "--resume", "--out", "out/run")
+
+
+# A finished run, or a checkpoint, stays until the new run is finished
+
+
+@pytest.mark.parametrize("finished", (True, False), ids=("finished", "checkpoint"))
+def test_a_new_run_leaves_the_old_one_alone_until_it_is_finished(quick, monkeypatch, finished):
+    if finished:
+        run("run", *FLAGS)
+    else:
+        interrupted(monkeypatch, 1, *FLAGS)
+    before = files_of(Path("out/run"))
+    interrupted(monkeypatch, 2, *FLAGS, "--delta", 3)
+    new = {path: text for path, text in files_of(Path("out/run")).items() if path.parts[0] != "new"}
+    assert new == before and Path("out/run/new/checkpoint").is_dir()
+    out = run("run", *FLAGS, "--delta", 3, "--resume")
+    assert read_json(out / "config.json")["delta"] == 3
+    assert not (out / "new").exists() and not (out / "checkpoint").exists()
+    assert files_of(out) == files_of(run("fresh", *FLAGS, "--delta", 3))
+
+
+def test_the_same_command_typed_twice_gives_the_same_run(quick):
+    before = files_of(run("run", *FLAGS))
+    assert files_of(run("run", *FLAGS)) == before
+
+
+def test_another_kind_of_weights_takes_the_place_of_the_old_ones(quick):
+    run("run", *FLAGS)
+    eval_file.main(["out/run", "--split", "dev"])
+    out = run("run", "--method", "safedpo", "--max_steps", 2)
+    assert (out / "model").is_dir() and not (out / "adapter").exists() and not (out / "eval-dev.json").exists()
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
+    run("old", *FLAGS)
+    run("new", *FLAGS, "--delta", 3)
+    old, new = files_of(Path("out/old")), files_of(Path("out/new"))
+    outcomes = set()
+    for stop in range(40):
+        shutil.rmtree("out/run", ignore_errors=True)
+        shutil.copytree("out/old", "out/run")
+        shutil.copytree("out/new", "out/run/new")
+        calls = iter(range(stop))
+
+        def killing(self, target, rename=Path.rename):
+            if next(calls, None) is None:
+                raise Killed
+            return rename(self, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killing)
+            patch.setattr(Path, "rmdir", lambda self, remove=Path.rmdir:
+                          killing(self, None, lambda path, _: remove(path)))
+            try:
+                lora_moe.close_run(Path("out/run"), Path("out/run/new"))
+                whole = True
+            except Killed:
+                whole = False
+        lora_moe.finish_move(Path("out/run"))
+        shutil.rmtree("out/run/new", ignore_errors=True)  # not yet moved: the old run is still there
+        assert files_of(Path("out/run")) in (old, new)
+        outcomes.add(files_of(Path("out/run")) == new)
+        if whole:
+            break
+    assert whole and stop > 8 and outcomes == {True, False}
+
+
+# Inputs, splits and what is said
+
+
+def test_an_input_that_lies_in_the_run_folder_is_refused(quick):
+    out = run("run", "--method", "safedpo", "--max_steps", 1)
+    before = files_of(out)
+    for flags in (("--model", "out/run/model"), ("--model", "out/run"),
+                  ("--method", "spe-dpo", "--cost_model", "out/run/model")):
+        assert "lies in --out out/run" in mistake(*flags, "--out", "out/run")
+    assert files_of(out) == before
+
+
+def test_the_development_split_does_not_overwrite_the_test_results(quick):
+    out = run("run", *FLAGS)
+    before = (out / "eval.json").read_bytes(), (out / "samples.txt").read_bytes()
+    eval_file.main(["out/run", "--split", "dev"])
+    assert ((out / "eval.json").read_bytes(), (out / "samples.txt").read_bytes()) == before
+    assert read_json(out / "eval-dev.json")["split"] == "dev" and (out / "samples-dev.txt").is_file()
+
+
+def test_held_out_metrics_are_shown_as_they_come_and_at_the_end(quick, capsys):
+    run("run", *FLAGS, "--eval_every", 2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "eval/loss" in line]
+    assert [line.split(":")[0] for line in lines] == ["step 2", "step 4"]
+    assert all("eval/rewards/accuracies" in line for line in lines)
+
+
+@pytest.mark.parametrize("size, line", ((7, "56 pairs in steps of 7"), (9, "the last 2 are left out"),
+                                        (40, "the last 16 are left out"), (64, "8 are repeated")))
+def test_what_the_batch_size_leaves_out_or_repeats_is_said(quick, capsys, size, line):
+    run("run", "--method", "safedpo", "--epochs", 1, "--batch_size", size, "--max_steps", 1)
+    printed = capsys.readouterr().out
+    assert (line in printed) == (size != 7) and ("pairs in steps" in printed) == (size != 7)
+
+
+def test_the_run_folder_shows_the_tokens_of_the_first_pair(quick):
+    text = (run("run", *FLAGS) / "tokens.txt").read_text()
+    assert text.startswith("prompt (") and "\nchosen (" in text and "['</s>']" in text
+
+
+def test_reference_log_probs_are_shared_by_runs_that_need_the_same(quick, monkeypatch):
+    computed = []
+    response_logps = eval_file.response_logps
+    monkeypatch.setattr(eval_file, "response_logps", lambda *rest: computed.append(1) or response_logps(*rest))
+    for name, flags in (("a", ("--delta", 10)), ("b", ("--delta", 3)), ("c", ("--beta", 0.5, "--batch_size", 4))):
+        run(name, *FLAGS, *flags)
+    assert len(computed) == 2  # training and held-out pairs, once
+    run("d", *FLAGS, "--view", "helpful")
+    assert len(computed) == 4
