@@ -1,19 +1,20 @@
-"""Preference data: comparisons, the views that turn them into pairs, tokens, and the order of training.
+"""Preference data: comparisons, the views that turn them into pairs, chat templates, and score models.
 
-Comparisons come from a source (`load_comparisons`), a view orders them into pairs (`VIEWS`), `encode_pairs` tokenises
-them. Packed batches stand in losses.py, beside the log-probs that are computed from them.
+Comparisons come from a source (`load_comparisons`), a view orders them into pairs (`VIEWS`), a `Tokenizer` renders
+their prompts; losses.py packs them, beside the log-probs that it computes.
 """
 import codecs
 import difflib
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import lzma
 import math
 import re
+import sys
 import zlib
-from array import array
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,9 +28,11 @@ import tokenizers
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tqdm import tqdm
 
-from losses import Batch, Encoded, pack  # noqa: F401: Batch and pack for those who look for them here
-from model import UserError, first_line, read_json
+from losses import Batch, Encoded, encode_pairs, pack, score  # noqa: F401: packing, for those who look here for it
+from model import (DTYPES, FAMILIES, ScoreModel, Transformer, UserError, content_hash, files_hash, find_folder,
+                   first_line, generate, read_config, read_json, write_text)
 
 
 @dataclass(slots=True)
@@ -197,8 +200,8 @@ def get_scores(row, count):
     for name in scores:
         if len(get(scores, name, "a list")) != count:
             raise UserError(f"scores '{name}': {len(scores[name])} numbers for {count} responses")
-        for i, score in enumerate(scores[name]):
-            get({f"scores.{name}[{i}]": score}, f"scores.{name}[{i}]", "a finite number")
+        for i, value in enumerate(scores[name]):
+            get({f"scores.{name}[{i}]": value}, f"scores.{name}[{i}]", "a finite number")
     return scores
 
 
@@ -593,8 +596,6 @@ TEMPLATES = {
     "plain": "{{ bos_token }}{% for m in messages %}{{ m.content ~ '\n' }}{% endfor %}",
     "raw": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",  # for base models that continue a text
 }
-
-
 TEMPLATE_NAMES = ("chat", *TEMPLATES)
 
 
@@ -718,108 +719,132 @@ class Tokenizer:
         return self.decode([*prompt, *ids])[len(self.decode(prompt)):]
 
 
-CHUNK = 2048  # prompts that are tokenised at a time: enough for all cores, little memory
+# Score models
 
 
-def shorten(pieces, max_len, frame, cut):
-    """Cut token ids, [prompt, response, …], so that the prompt with each response fits into max_len; counts in `cut`.
+def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
+    """(score model, its tokenizer). template None: alpaca for safe-rlhf's models, else the tokenizer's own."""
+    folder = find_folder(name_or_dir)
+    kind = (read_config(folder).hf.get("architectures") or ["?"])[0]
+    if kind in FAMILIES.values():
+        raise UserError(f"{name_or_dir}: a language model ({kind}), not a score model: it has no score.weight nor "
+                        "score_head.weight")
+    model = ScoreModel.from_pretrained(folder, DTYPES[dtype], device).eval()
+    return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))
 
-    First goes the front of the prompt, but not the template's tokens; then the end of a response.
+
+def add_margins(train, held_out, name, folder, template=None, dtype="float32", device="cpu"):
+    """Give pairs their margins m = max(0, ±(s(chosen) − s(rejected))) by the score model in `folder`, in place; without
+    one they keep those of the scores in the data. Returns a line about the training pairs' margins.
+
+    name: "reward" or "cost", whichever judges their view. Raises UserError when a pair has no margin.
     """
-    prompt, *responses = pieces
-    head = len(commonprefix([prompt, frame[0]]))
-    keep = max(head + len(frame[1]), max_len - max(map(len, responses)))
-    if keep >= max_len:
-        raise UserError(f"--max_len {max_len}: the template's {keep} tokens leave no room for a response")
-    if keep < len(prompt):
-        cut["prompts shortened"] += 1
-        prompt = prompt[:head] + prompt[len(prompt) - (keep - head):]
-    if long := sum(len(prompt) + len(ids) > max_len for ids in responses):
-        cut["responses shortened"] += long
-    return [prompt, *(ids[:max_len - len(prompt)] for ids in responses)]
+    if folder:
+        score_model = load_score_model(folder, template, dtype, device)
+        for pairs in (train, held_out):
+            texts = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
+            scores = np.reshape(score(*score_model, texts, device=device, batch_size=64) if texts else [], (-1, 2))
+            for pair, (chosen, rejected) in zip(pairs, scores.tolist()):
+                pair.margin = score_margin(name, chosen, rejected)
+    margins = [pair.margin for pair in train]
+    if None in margins:
+        raise UserError(f"no margins: {margins.count(None)} of {len(margins)} pairs have no scores.{name}; name a "
+                        f"score model with --{name}_model, or score the data (eval.py --score)")
+    return (f"margins by {folder or 'the scores in the data'}: mean {np.mean(margins):.3g}, clipped to 0 in "
+            f"{margins.count(0.0) / len(margins):.1%} of the pairs")
 
 
-def encode(tokenizer, prompts, responses, max_len, labels=None, ended=itertools.repeat((True, True))):
-    """Tokenise prompts, rendered to text, with their responses: a tuple of R texts each; all may be generators.
+# Preference data, scored or made
 
-    A response's tokens are those of the joint text: prompt, response and the template's end of a turn. Where the
-    prompt's tokens are no prefix of it, they are tokenised apart, and `cut` counts that. ended: whether each response
-    came to its end; one that did not gets none. `shorten` cuts what is longer than max_len.
+BLOCK = 256  # rows that are scored and written at a time
+
+
+def whole_lines(path):
+    """The number of whole lines of a file, which is made if need be; a line that a kill cut short is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with open(path, "r+b") as file:
+        whole = [len(line) for line in file if line.endswith(b"\n")]
+        file.truncate(sum(whole))
+    return len(whole)
+
+
+def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dtype="float32", device="cpu",
+               skip_bad_rows=False):
+    """Write every row of a preference file with `scores` added: {"reward": [a number for each response], …}.
+
+    models: name -> folder or hub id. Rows keep their order. An interrupted call leaves out.<hash>.partial, with which
+    the next one goes on; the hash of rows, models and settings keeps other scores out of it.
     """
-    # Arrays of machine integers grow in place; lists, or pieces that are joined at the end, take twice the memory
-    tokens, sizes, cut, (lead, end, end_ids) = array("i"), array("q"), Counter(), tokenizer.turn
-    prompts, responses, ended = iter(prompts), iter(responses), iter(ended)
-    while chunk := list(itertools.islice(prompts, CHUNK)):
-        rows = [[((lead if text else "") + text, whole) for text, whole in zip(*row)]
-                for row in zip(itertools.islice(responses, len(chunk)), ended)]
-        joint = iter(tokenizer.encode([prompt + text + end * whole for prompt, row in zip(chunk, rows)
-                                       for text, whole in row]))
-        for prompt, row in zip(tokenizer.encode(chunk), rows):
-            pieces = [prompt]
-            for text, whole in row:
-                ids = next(joint)
-                if ids[:len(prompt)] == prompt:
-                    ids = ids[len(prompt):] + ([] if end or not whole else end_ids)
-                else:
-                    cut["responses tokenised apart from their prompt"] += 1
-                    ids = tokenizer.encode([text])[0] + (end_ids if whole else [])
-                pieces.append(ids)
-            if len(prompt) + max(map(len, pieces[1:])) > max_len:
-                pieces = shorten(pieces, max_len, tokenizer.frame, cut)
-            for ids in pieces:
-                tokens.extend(ids)
-                sizes.append(len(ids))
-    ends = np.cumsum(sizes).reshape(-1, len(pieces))
-    bounds = np.concatenate([ends[:, :1] - np.reshape(sizes, ends.shape)[:, :1], ends], axis=1)
-    return Encoded(np.frombuffer(tokens, dtype=np.int32), bounds, labels or {}, cut)
+    path, out = Path(path), Path(out)
+    if not path.is_file():
+        raise UserError(f"--score {path}: no such file")
+    folders = {name: find_folder(model) for name, model in models.items()}
+    weights = [(name, files_hash(folder)) for name, folder in folders.items()]
+    work = content_hash([path], weights, template, max_len, dtype, skip_bad_rows)
+    score_models = {name: load_score_model(folder, template, dtype, device) for name, folder in folders.items()}
+    partial, counts = out.with_name(f"{out.name}.{work[:12]}.partial"), Counter()
+    done = whole_lines(partial)
+    rows = (row for row in read_rows([path], counts, skip_bad_rows) if row[1] is not None)  # not those of messages
+    for _ in itertools.islice(rows, done):
+        pass
+    with open(partial, "a", encoding="utf-8") as file, tqdm(initial=done, desc="scores", unit="row") as bar:
+        while block := list(itertools.islice(rows, BLOCK)):
+            texts = [(prompt, response) for _, prompt, responses, *_ in block for response in responses]
+            scores = {name: iter(score(*score_model, texts, max_len, batch_size, device))
+                      for name, score_model in score_models.items()}
+            for row, _, responses, *_ in block:
+                added = {name: list(itertools.islice(values, len(responses))) for name, values in scores.items()}
+                row["scores"] = {**(row["scores"] or {}), **added}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(block))
+    partial.replace(out)
+    print(", ".join(f"{count} {name}" for name, count in counts.items()) + f": scored by {', '.join(models)}, in {out}")
 
 
-def encode_pairs(tokenizer, pairs, max_len, responses=2, groups=()):
-    """Encoded pairs, response 0 being the chosen one, with the labels that the losses read.
+def load_scorer(name, template, max_len, batch_size, dtype, device):
+    """(short name, function of [(prompt, response)] to scores) of a score model, or of a Python function of your own,
+    "module:function", which is called with a prompt and a response and returns a number."""
+    if ":" in name and not Path(name).exists():
+        module, _, function = name.partition(":")
+        sys.path.insert(0, ".")
+        try:
+            score_one = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"--reward_model {name}: {first_line(error)}") from None
+        return function, lambda texts: [float(score_one(prompt, response)) for prompt, response in texts]
+    score_model = load_score_model(name, template, dtype, device)
+    return Path(name).name, lambda texts: score(*score_model, texts, max_len, batch_size, device)
 
-    responses=1 leaves the rejected ones out, for training on the chosen responses alone. groups: the names that
-    labels["group"] numbers, -1 being none of them; default: those of the pairs, sorted. An absent label is nan.
+
+def make_pairs(prompts, policy, scorers, out, template=None, samples=4, max_new_tokens=64, temperature=1.0,
+               batch_size=16, dtype="float32", device="cpu", seed=0):
+    """Sample responses to each prompt from a policy, and for each scorer write the best against the worst of them:
+    {"prompt", "chosen", "rejected", "ended", "group": the scorer, "scores"}; none where all responses score alike.
+
+    This is the protocol of Mix-DPO's IMDb study (arXiv 2510.08256, Section 5): GPT-2, several rewards, one data set.
     """
-    labels = {name: np.array([getattr(pair, name) for pair in pairs], dtype=np.float32)  # None becomes nan
-              for name in ("chosen_unsafe", "rejected_unsafe", "margin")}
-    groups = tuple(groups) or tuple(sorted({pair.group for pair in pairs} - {""}))
-    numbers = {name: i for i, name in enumerate(groups)}
-    labels["group"] = np.array([numbers.get(pair.group, -1) for pair in pairs])
-    prompts = (tokenizer.render(pair.prompt) for pair in pairs)
-    texts = ((pair.chosen, pair.rejected)[:responses] for pair in pairs)
-    encoded = encode(tokenizer, prompts, texts, max_len, labels, (pair.ended for pair in pairs))
-    encoded.groups = groups
-    return encoded
-
-
-def show_pair(tokenizer, encoded, index=0):
-    """What the model sees of one pair: its tokens, decoded one by one; those that are trained on stand in [ ]."""
-    bounds, lines = encoded.bounds[index], []
-    for part, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
-        pieces = [tokenizer.backend.decode([token], skip_special_tokens=False) for token in encoded.tokens[start:end]]
-        shown = "".join(f"[{piece!r}]" if part else f" {piece!r} " for piece in pieces)
-        lines.append(f"{('prompt', 'chosen', 'rejected')[part]} ({end - start} tokens)\n{shown}\n")
-    return "\n".join(lines)
-
-
-def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
-    """The order in which pairs are trained on: a permutation for each epoch, joined end to end.
-
-    group (count,): each pair's group. shares: an epoch has pairs of group i in proportion to shares[i], each group's
-    permutation repeated or cut and spread evenly over the epoch, so that every batch mixes them. annotator (count,):
-    the pairs of an annotator stand next to each other, the annotators in a new order in each epoch.
-    """
-    orders = []
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        if shares is not None:
-            members = [order[group[order] == i] for i in range(len(shares))]
-            sizes = [round(count * share / sum(shares)) for share in shares]
-            places = np.concatenate([(np.arange(size) + 0.5) / max(1, size) for size in sizes])
-            pieces = np.concatenate([np.resize(indices, size) for indices, size in zip(members, sizes)])
-            order = pieces[np.argsort(places, kind="stable")]
-        if annotator is not None:
-            turn = np.random.default_rng([seed, epoch, 1]).permutation(annotator.max() + 1)
-            order = order[np.argsort(turn[annotator[order]], kind="stable")]
-        orders.append(order)
-    return np.concatenate(orders)
+    out = Path(out)
+    folder = find_folder(policy)
+    model, tokenizer = Transformer.from_pretrained(folder, DTYPES[dtype], device).eval(), Tokenizer(folder, template)
+    tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts])
+    stops, counts, rows = {*model.config.eos_ids, *tokenizer.stop_ids}, Counter(), []
+    for start in tqdm(range(0, len(prompts), batch_size), desc="pairs", unit="batch"):
+        batch = [(prompt, ids) for prompt, ids in zip(prompts[start:start + batch_size], tokens[start:])
+                 for _ in range(samples)]
+        outputs = generate(model, [ids for _, ids in batch], max_new_tokens, temperature, eos_ids=stops, seed=seed)
+        texts = [(prompt, tokenizer.answer(before, ids)) for (prompt, before), ids in zip(batch, outputs)]
+        for name, scorer in scorers:
+            scores = scorer(texts)
+            for i in range(0, len(texts), samples):
+                best, worst = (f(range(i, i + samples), key=lambda j: scores[j]) for f in (max, min))
+                if scores[best] > scores[worst]:
+                    rows.append({"prompt": texts[i][0], "chosen": texts[best][1], "rejected": texts[worst][1],
+                                 "ended": [outputs[j][-1] in stops for j in (best, worst)], "group": name,
+                                 "scores": {name: [scores[best], scores[worst]]}})
+                counts[name] += scores[best] > scores[worst]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{len(prompts)} prompts, {samples} responses each; pairs: "
+          + ", ".join(f"{count} {name}" for name, count in counts.items()) + f", in {out}")

@@ -24,14 +24,15 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from losses import sequence_logps
-from model import (ScoreModel, Transformer, UserError, atomic_folder, first_line, read_json, read_tensors,
+from losses import batches, encode, response_logps, sequence_logps
+from model import (ScoreModel, Transformer, UserError, atomic_file, atomic_folder, first_line, read_json, read_tensors,
                    stored_name, write_text)
 
 
@@ -377,15 +378,83 @@ def expert_logps(model, batch):
 @contextmanager
 def disable_experts(model):
     """Inside this block the experts are switched off (w = 0): the model is its base."""
-    layers = [layer for _, layer in expert_layers(model)]
-    before = [layer.enabled for layer in layers]
+    layers = [layer for _, layer in expert_layers(model) if layer.enabled]
     for layer in layers:
         layer.enabled = False
     try:
         yield model
     finally:
-        for layer, enabled in zip(layers, before):
-            layer.enabled = enabled
+        for layer in layers:
+            layer.enabled = True
+
+
+@torch.no_grad()
+def pooled_states(model, encoded, batch_size=64):
+    """The mean of each prompt's hidden states under the frozen base, for the gate: (N, D) float32."""
+    pooled = np.empty((len(encoded), model.config.hidden_size), dtype=np.float32)
+    for indices, batch in batches(encoded, batch_size, next(model.parameters()).device, longest_first=False):
+        with disable_experts(model):
+            hidden = model(batch.tokens, batch.positions, batch.mask()).float()
+        in_prompt = (batch.part == 0) & (batch.pair >= 0)                               # (B, T)
+        sums = hidden.new_zeros(len(indices), hidden.shape[-1])
+        sums.index_add_(0, batch.pair[in_prompt], hidden[in_prompt])                    # (N, D)
+        pooled[indices] = (sums / batch.pair[in_prompt].bincount()[:, None]).cpu()
+    return pooled
+
+
+def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
+    """The expert that answers each rendered prompt, (N,).
+
+    use: "mixture" draws it from the gate's w(x), once for each prompt; "sparse" takes the one with the largest w; a
+    number names it. Raises UserError for any other. users: for a user gate, cycle through users with this name prefix; if empty, use the average user.
+    """
+    if use not in ("mixture", "sparse", *map(str, range(count_experts(model)))):
+        raise UserError(f"--use {use}: expected mixture, sparse or an expert's number from 0 to {count_experts(model) - 1}")
+    if use.isdecimal():
+        return torch.full((len(prompts),), int(use))
+    numbers = [i for i, name in enumerate(model.gate.spec["groups"]) if users and name.startswith(users)] or [-1]
+    device, pooled = model.gate.bias.device, None
+    if model.gate.kind == "prompt":
+        encoded = encode(tokenizer, prompts, [("",)] * len(prompts), max_len=1 << 20)
+        pooled = torch.from_numpy(pooled_states(model, encoded)).to(device)
+    user = torch.tensor([numbers[i % len(numbers)] for i in range(len(prompts))], device=device)
+    with torch.no_grad():
+        weights = model.gate(pooled, user).exp().cpu().expand(len(prompts), -1)         # (N, K)
+    if use == "sparse":
+        return weights.argmax(-1)
+    return torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
+
+
+LOGPS_CACHE = Path("out/cache")  # may be deleted at any time
+LOGPS_BATCH = 32  # pairs; not --batch_size, as how a batch is packed changes the last bits of a log-prob
+
+
+def weights_hash(model):
+    """Hash of a model's weights, and of which experts are in use; of the base's alone where they are disabled."""
+    digest = hashlib.blake2b(digest_size=16)
+    routers = {name: layer.router for name, layer in expert_layers(model) if layer.enabled}
+    chosen = {name: router.weights for name, router in routers.items() if isinstance(router, ConstantRouter)}
+    for name, tensor in (*model.state_dict().items(), *chosen.items()):
+        if routers or not is_mixture(name):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def cached_logps(model, encoded, dtype="float32", device="cpu"):
+    """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
+    in use, tokens and precision. Every run that needs the same finds them."""
+    digest = hashlib.blake2b(f"{dtype} {weights_hash(model)}".encode(), digest_size=16)
+    for array in (encoded.tokens, encoded.bounds):
+        digest.update(np.ascontiguousarray(array))
+    path = LOGPS_CACHE / f"logps-{digest.hexdigest()}.safetensors"
+    if path.is_file():
+        return load_file(path)["logps"]
+    logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        save_file({"logps": logps}, temporary)
+    return logps
 
 
 def trainable_parameters(model):
@@ -656,8 +725,8 @@ def export_experts(model, folder, template=None):
 # checkpoint, works in new/ and takes its place when it is finished itself.
 
 WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
-RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt", "checkpoint",
-             *WEIGHT_FOLDERS)
+RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt", "answers*.jsonl",
+             "checkpoint", *WEIGHT_FOLDERS)
 
 
 def read_settings(out):

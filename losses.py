@@ -1,7 +1,7 @@
-"""Log-probabilities of packed batches, and the preference losses as pure functions of them.
+"""From token ids to losses: packed batches, log-probabilities, and the preference losses as pure functions of them.
 
-Both responses to a prompt share one copy of it in a packed row (`Encoded`, `pack`, `Batch`); `sequence_logps` gives
-log π(y|x) of every response. Every loss takes tensors of shape (N,), one entry per pair, in nats, float32, and returns
+`encode` tokenises prompts with their responses; both responses to a prompt share one copy of it in a packed row
+(`Encoded`, `pack`, `Batch`); `sequence_logps` gives log π(y|x) of every response. Every loss takes tensors of shape (N,), one entry per pair, in nats, float32, and returns
 (mean loss, metrics): metrics is a dict of detached means under the names that TRL logs. With the implicit reward
 r(x, y) = beta · (log π(y|x) − log π_ref(y|x)), DPO, SafeDPO and SPE-DPO are −log σ(r_chosen − r_rejected − offset)
 and differ in the offset alone.
@@ -9,16 +9,24 @@ and differ in the offset alone.
 Letters in shape comments: N pairs, R responses per prompt, B rows, T tokens per row, M response tokens in the batch,
 D width, V vocabulary.
 """
+import itertools
+import math
+from array import array
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from os.path import commonprefix
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from model import DTYPES
+from model import DTYPES, UserError
+
+# Token ids, and packed batches of them
+
 
 @dataclass
 class Encoded:
@@ -47,6 +55,90 @@ class Encoded:
         tokens = bounds[:, -1] - bounds[:, 0]
         return {"pairs": len(bounds), "tokens": tokens.sum(), "responses": (bounds[:, -1] - bounds[:, 1]).sum(),
                 "grouped": tokens[grouped].sum()}
+
+
+CHUNK = 2048  # prompts that are tokenised at a time: enough for all cores, little memory
+
+
+def shorten(pieces, max_len, frame, cut):
+    """Cut token ids, [prompt, response, …], so that the prompt with each response fits into max_len; counts in `cut`.
+
+    First goes the front of the prompt, but not the template's tokens; then the end of a response.
+    """
+    prompt, *responses = pieces
+    head = len(commonprefix([prompt, frame[0]]))
+    keep = max(head + len(frame[1]), max_len - max(map(len, responses)))
+    if keep >= max_len:
+        raise UserError(f"--max_len {max_len}: the template's {keep} tokens leave no room for a response")
+    if keep < len(prompt):
+        cut["prompts shortened"] += 1
+        prompt = prompt[:head] + prompt[len(prompt) - (keep - head):]
+    if long := sum(len(prompt) + len(ids) > max_len for ids in responses):
+        cut["responses shortened"] += long
+    return [prompt, *(ids[:max_len - len(prompt)] for ids in responses)]
+
+
+def encode(tokenizer, prompts, responses, max_len, labels=None, ended=itertools.repeat((True, True))):
+    """Tokenise prompts, rendered to text, with their responses: a tuple of R texts each; all may be generators.
+
+    A response's tokens are those of the joint text: prompt, response and the template's end of a turn. Where the
+    prompt's tokens are no prefix of it, they are tokenised apart, and `cut` counts that. ended: whether each response
+    came to its end; one that did not gets none. `shorten` cuts what is longer than max_len.
+    """
+    # Arrays of machine integers grow in place; lists, or pieces that are joined at the end, take twice the memory
+    tokens, sizes, cut, (lead, end, end_ids) = array("i"), array("q"), Counter(), tokenizer.turn
+    prompts, responses, ended = iter(prompts), iter(responses), iter(ended)
+    while chunk := list(itertools.islice(prompts, CHUNK)):
+        rows = [[((lead if text else "") + text, whole) for text, whole in zip(*row)]
+                for row in zip(itertools.islice(responses, len(chunk)), ended)]
+        joint = iter(tokenizer.encode([prompt + text + end * whole for prompt, row in zip(chunk, rows)
+                                       for text, whole in row]))
+        for prompt, row in zip(tokenizer.encode(chunk), rows):
+            pieces = [prompt]
+            for text, whole in row:
+                ids = next(joint)
+                if ids[:len(prompt)] == prompt:
+                    ids = ids[len(prompt):] + ([] if end or not whole else end_ids)
+                else:
+                    cut["responses tokenised apart from their prompt"] += 1
+                    ids = tokenizer.encode([text])[0] + (end_ids if whole else [])
+                pieces.append(ids)
+            if len(prompt) + max(map(len, pieces[1:])) > max_len:
+                pieces = shorten(pieces, max_len, tokenizer.frame, cut)
+            for ids in pieces:
+                tokens.extend(ids)
+                sizes.append(len(ids))
+    ends = np.cumsum(sizes).reshape(-1, len(pieces))
+    bounds = np.concatenate([ends[:, :1] - np.reshape(sizes, ends.shape)[:, :1], ends], axis=1)
+    return Encoded(np.frombuffer(tokens, dtype=np.int32), bounds, labels or {}, cut)
+
+
+def encode_pairs(tokenizer, pairs, max_len, responses=2, groups=()):
+    """Encoded pairs, response 0 being the chosen one, with the labels that the losses read.
+
+    responses=1 leaves the rejected ones out, for training on the chosen responses alone. groups: the names that
+    labels["group"] numbers, -1 being none of them; default: those of the pairs, sorted. An absent label is nan.
+    """
+    labels = {name: np.array([getattr(pair, name) for pair in pairs], dtype=np.float32)  # None becomes nan
+              for name in ("chosen_unsafe", "rejected_unsafe", "margin")}
+    groups = tuple(groups) or tuple(sorted({pair.group for pair in pairs} - {""}))
+    numbers = {name: i for i, name in enumerate(groups)}
+    labels["group"] = np.array([numbers.get(pair.group, -1) for pair in pairs])
+    prompts = (tokenizer.render(pair.prompt) for pair in pairs)
+    texts = ((pair.chosen, pair.rejected)[:responses] for pair in pairs)
+    encoded = encode(tokenizer, prompts, texts, max_len, labels, (pair.ended for pair in pairs))
+    encoded.groups = groups
+    return encoded
+
+
+def show_pair(tokenizer, encoded, index=0):
+    """What the model sees of one pair: its tokens, decoded one by one; those that are trained on stand in [ ]."""
+    bounds, lines = encoded.bounds[index], []
+    for part, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
+        pieces = [tokenizer.backend.decode([token], skip_special_tokens=False) for token in encoded.tokens[start:end]]
+        shown = "".join(f"[{piece!r}]" if part else f" {piece!r} " for piece in pieces)
+        lines.append(f"{('prompt', 'chosen', 'rejected')[part]} ({end - start} tokens)\n{shown}\n")
+    return "\n".join(lines)
 
 
 @dataclass
@@ -155,6 +247,29 @@ def batches(encoded, batch_size, device, longest_first=True, together=None):
         yield indices, pack(encoded, indices, step).to(device)
 
 
+def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
+    """The order in which pairs are trained on: a permutation for each epoch, joined end to end.
+
+    group (count,): each pair's group. shares: an epoch has pairs of group i in proportion to shares[i], each group's
+    permutation repeated or cut and spread evenly over the epoch, so that every batch mixes them. annotator (count,):
+    the pairs of an annotator stand next to each other, the annotators in a new order in each epoch.
+    """
+    orders = []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        if shares is not None:
+            members = [order[group[order] == i] for i in range(len(shares))]
+            sizes = [round(count * share / sum(shares)) for share in shares]
+            places = np.concatenate([(np.arange(size) + 0.5) / max(1, size) for size in sizes])
+            pieces = np.concatenate([np.resize(indices, size) for indices, size in zip(members, sizes)])
+            order = pieces[np.argsort(places, kind="stable")]
+        if annotator is not None:
+            turn = np.random.default_rng([seed, epoch, 1]).permutation(annotator.max() + 1)
+            order = order[np.argsort(turn[annotator[order]], kind="stable")]
+        orders.append(order)
+    return np.concatenate(orders)
+
+
 # Log-probabilities
 
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time; beyond this, larger chunks are not faster
@@ -183,6 +298,29 @@ def sequence_logps(model, hidden, batch, head=None):
 def policy_logps(model, batch):
     """log π(y|x) of every response in a packed batch, (N, responses per prompt), by one forward pass."""
     return sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
+
+
+@torch.no_grad()
+def response_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
+    """log π(y|x) of every response of an encoded set: (N, R) float32 on the CPU, in nats."""
+    logps = torch.empty(len(encoded), encoded.bounds.shape[1] - 2)
+    bar = tqdm(batches(encoded, batch_size, device), desc="log-probs", unit="batch", leave=False,
+               total=math.ceil(len(encoded) / batch_size))
+    for indices, batch in bar:
+        with precision(dtype, device):
+            logps[indices] = policy_logps(model, batch).cpu()
+    return logps
+
+
+@torch.no_grad()
+def score(model, tokenizer, texts, max_len=2048, batch_size=16, device="cpu"):
+    """Scores of [(prompt, response)], a list of floats, read at the EOS that ends each response."""
+    prompts = [tokenizer.render(prompt) for prompt, _ in texts]
+    encoded = encode(tokenizer, prompts, [(response,) for _, response in texts], max_len)
+    scores = np.empty(len(texts))
+    for indices, batch in batches(encoded, batch_size, device):
+        scores[indices] = model(batch.tokens, batch.last[:, 0], batch.positions, batch.mask()).cpu()
+    return scores.tolist()
 
 
 def precision(dtype, device):
@@ -280,6 +418,34 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
     return loss.mean(), metrics
 
 
+def mixture_diagnostics(margins, log_gate, group, types):
+    """How the experts of a mixture share the pairs: (report, warnings), a warning for each way of not specialising.
+
+    margins: (N, K) Δr of every pair under each expert; log_gate: (N, K) the gate's log w; group: (N,) each pair's
+    annotator, -1 for none; types: of each annotator, which training does not read. report: "responsibility" of each
+    expert; "recovered": the share of annotators whose responsible expert, by their pairs, is that of their type, under
+    the best assignment of experts to types.
+    """
+    K, count, names, labelled = margins.shape[1], len(types), sorted(set(types)), group >= 0
+    evidence = torch.zeros(count, K).index_add(0, group[labelled], F.logsigmoid(margins[labelled]))
+    pairs = group[labelled].bincount(minlength=count)[:, None].clamp(min=1)
+    prior = torch.zeros(count, K).index_add(0, group[labelled], log_gate[labelled]) / pairs
+    responsible = (evidence + prior).argmax(-1).tolist()                                      # of each annotator
+    share = (F.logsigmoid(margins) + log_gate).softmax(-1).mean(0).tolist()
+    report, warnings = {"responsibility": share}, []
+    if max(share) > 0.95:
+        warnings.append(f"the mixture has collapsed: expert {share.index(max(share))} takes {max(share):.0%} of all "
+                        "responsibility")
+    agree = float((margins > 0).eq(margins[:, :1] > 0).all(-1).float().mean())
+    if agree > 0.95 and K > 1:
+        warnings.append(f"the experts agree: they order {agree:.0%} of the pairs in the same way")
+    if 0 < len(names) <= K <= 6:
+        owners = Counter(zip(types, responsible))                                   # (type, expert): annotators
+        report["recovered"] = max(sum(owners[pair] for pair in zip(names, experts))
+                                  for experts in itertools.permutations(range(K), len(names))) / count
+    return report, warnings
+
+
 def router_l1(safety, helpfulness):
     """MidPO's L1 term: mean over layers and tokens of |α| + |γ − 1| (arXiv 2506.02460, Section 3.2).
 
@@ -334,3 +500,94 @@ def sft_loss(logps, lengths):
     """Cross-entropy per response token: −Σ log π(y|x) / Σ |y|. logps, lengths: (N,). Returns (loss, metrics)."""
     loss = -logps.sum() / lengths.sum().clamp(min=1)
     return loss, {"perplexity": loss.detach().exp(), "logps/chosen": logps.detach().mean()}
+
+
+# Means with their errors, and tables of them
+
+
+def mean_and_error(values):
+    """(mean, standard error of the mean) of a list of numbers; (nan, nan) of an empty one, error 0 of a single one."""
+    n = len(values)
+    if n == 0:
+        return math.nan, math.nan
+    mean = sum(values) / n
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
+
+
+def measured(values):
+    """{name: [number for each prompt]} -> {name: mean, name_se: its standard error}."""
+    return {key: number for name, numbers in values.items()
+            for key, number in zip((name, f"{name}_se"), mean_and_error(list(map(float, numbers))))}
+
+
+def win_rate(outcomes, seed=0):
+    """wins / (wins + losses) of outcomes 1, 0 (a tie) and -1, and its standard error by bootstrap; nan if all tie."""
+    outcomes = np.array([one for one in outcomes if one is not None], dtype=int)
+    if not outcomes.any():
+        return math.nan, math.nan
+    draws = np.random.default_rng(seed).choice(outcomes, (1000, len(outcomes)))
+    wins, losses = (draws > 0).sum(1), (draws < 0).sum(1)
+    return float((outcomes > 0).sum() / (outcomes != 0).sum()), float(np.nanstd(wins / np.maximum(1, wins + losses)))
+
+
+def markdown_table(rows, columns, better=()):
+    """Markdown table of {row name: metrics}: mean ± standard error, an empty cell for nan. columns: {key: heading};
+    better: {key: 1 or -1}, columns whose best cell is bold if no other lies within its and its own standard error."""
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
+    best = {}
+    for key in better:
+        order = sorted((-better[key] * row[key], name) for name, row in rows.items() if not math.isnan(row[key]))[:2]
+        errors = [rows[name][f"{key}_se"] for _, name in order]
+        if len(order) == 2 and order[1][0] - order[0][0] > sum(errors):
+            best[key] = order[0][1]
+    for name, metrics in rows.items():
+        cells = ("" if math.isnan(metrics[key]) else f"{metrics[key]:.3f} ± {metrics[f'{key}_se']:.3f}"
+                 for key in columns)
+        lines.append(f"| {name} | " + " | ".join(f"**{cell}**" if best.get(key) == name else cell
+                                                 for key, cell in zip(columns, cells)) + " |")
+    return "\n".join(lines)
+
+
+def terminal_table(rows, columns, starts=()):
+    """Aligned table of {row name: metrics}, at most WIDTH columns wide; ↑ and ↓ mark a cell that differs by more than
+    two standard errors of the difference from that of the row's start. columns: {key: heading}, "/" breaks a heading;
+    starts: {row name: name of its start}, where that is not the first row."""
+    starts = {name: next(iter(rows)) for name in rows} | dict(starts)
+    cells = [["", *(heading.rpartition("/")[0] for heading in columns.values())],
+             ["", *(heading.rpartition("/")[2] for heading in columns.values())]]
+    for name, metrics in rows.items():
+        cells.append([name])
+        first = rows[starts[name]]
+        for key in columns:
+            change, error = metrics[key] - first[key], math.hypot(metrics[f"{key}_se"], first[f"{key}_se"])
+            mark = " " if not abs(change) > 2 * error else "↑" if change > 0 else "↓"
+            text = f"{metrics[key]:.3f}±" + f"{metrics[f'{key}_se']:.3f}".removeprefix("0") + mark
+            cells[-1].append("" if math.isnan(metrics[key]) else text)
+    return aligned(cells)
+
+
+WIDTH = 120  # characters of a terminal's line
+
+
+def aligned(cells):
+    """Rows of texts -> lines with columns of equal width, the first one to the left. Columns beyond WIDTH follow in
+    blocks of their own, each with the first column."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    blocks, used = [[]], widths[0]
+    for i, width in enumerate(widths[1:], 1):
+        if blocks[-1] and used + 1 + width > WIDTH:
+            blocks.append([])
+            used = widths[0]
+        blocks[-1].append(i)
+        used += 1 + width
+    return "\n\n".join("\n".join(" ".join((row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in block))).rstrip()
+                                 for row in cells) for block in blocks)
+
+
+def router_table(report):
+    """The medians of `router_report` for a terminal: the weight of each slot by layer and kind of prompt."""
+    cells = [["router weights", *next(iter(report.values()))]]
+    for layer, kinds in report.items():
+        cells.append([layer, *(f"{at:.3f}" if kind == "entropy" else " ".join(f"{weight:.3f}" for weight in at["median"])
+                               for kind, at in kinds.items())])
+    return aligned(cells)

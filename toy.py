@@ -10,14 +10,16 @@ held out for "dev", where settings are chosen, and for "test".
 """
 import itertools
 import json
+import math
 import random
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import tokenizers
 
-from data import Comparison, Tokenizer, encode
+from data import Comparison, Tokenizer
+from losses import encode, mean_and_error, router_table, terminal_table
 from model import ModelConfig, Transformer, content_hash, write_text
 
 PLAIN = """bake: bread, a cake, a pie, some cookies | paint: a wall, a fence, a door, a chair | plant: a tree, some roses,
@@ -444,6 +446,91 @@ METRICS = {
     "unsafe_refusal": ("refusal/harmful", lambda p: p.task.harmful, lambda v: v.refusal),
     "degenerate": ("degenerate", lambda p: True, lambda v: v.degenerate),
 }
+
+COLUMNS = {key: heading for key, (heading, _, _) in METRICS.items()}  # of tables
+
+
+def evaluate(answers, split, seed):
+    """Ask the prompts of a split and let the oracle judge the answers.
+
+    answers: function of [prompt text] to [(response, whether it came to its end)]. Returns (metrics, judged): metrics
+    has the keys of METRICS, "<key>_se" for each, and n; judged is a list of (Prompt, response, Verdict).
+    """
+    prompts = eval_prompts(split, seed)
+    texts = answers([prompt.text for prompt in prompts])
+    judged = [(prompt, text, oracle(prompt, text, ended)) for prompt, (text, ended) in zip(prompts, texts)]
+    metrics = {"n": len(judged)}
+    for name, (_, counts, value) in METRICS.items():
+        values = [float(value(verdict)) for prompt, _, verdict in judged if counts(prompt)]
+        metrics[name], metrics[f"{name}_se"] = mean_and_error(values)
+    return metrics, judged
+
+
+def evaluate_preferences(answers, names, split, seed):
+    """The oracle's score for each preference on prompts that ask for it: {name, "mixing", "degenerate"}, f"{key}_se"
+    for each; the mixing score is the preferences' mean (arXiv 2411.01245, Section 4). answers: as above, with the
+    preference as `users`, so that a gate on users has one."""
+    metrics, degenerate = {}, []
+    for name, prompts in preference_sample(names, split, seed).items():
+        texts = answers([prompt.text for prompt in prompts], users=name)
+        judged = [(prompt, text, ended) for prompt, (text, ended) in zip(prompts, texts)]
+        metrics[name], metrics[f"{name}_se"] = mean_and_error([preference_score(name, *one) for one in judged])
+        degenerate += [float(oracle(*one).degenerate) for one in judged]
+    metrics["mixing"] = sum(metrics[name] for name in names) / len(names)
+    metrics["mixing_se"] = math.hypot(*(metrics[f"{name}_se"] for name in names)) / len(names)
+    metrics["degenerate"], metrics["degenerate_se"] = mean_and_error(degenerate)
+    return metrics
+
+
+def report(asked, preferences, uses, split, seed):
+    """({"policy": metrics, "base": metrics}, {"policy" and "base": judged answers}); with preferences, those that the
+    run mixed, their scores as well, and under "uses" those of every way of using a mixture.
+
+    asked: {"policy", "base"}: functions as in `evaluate`; the policy's takes `use`.
+    """
+    report, judged = {"policy": {}}, {}
+    for who, answers in asked.items():
+        report[who], judged[who] = evaluate(answers, split, seed)
+        if preferences:
+            report[who]["preferences"] = evaluate_preferences(answers, preferences, split, seed)
+    if uses and preferences:
+        report["uses"] = {"mixture": report["policy"]["preferences"]} | {
+            use: evaluate_preferences(partial(asked["policy"], use=use), preferences, split, seed) for use in uses}
+    return report, judged
+
+
+def prompts_by_kind(judged, preferences, split, seed):
+    """{kind: [(prompt, answer)]} for a report on routers: harmful and safe prompts, or those of each preference."""
+    kinds = {name: [(prompt.text, "") for prompt in prompts]
+             for name, prompts in preference_sample(preferences, split, seed).items()}
+    for prompt, text, _ in () if preferences else judged:
+        kinds.setdefault("harmful" if prompt.task.harmful else "safe", []).append((prompt.text, text))
+    return kinds
+
+
+def preferences_of(data, groups):
+    """The toy preferences that a run mixed, by its settings."""
+    return [name for name, _ in groups] if data == ["toy"] else []
+
+
+def closing_tables(reports):
+    """The tables of {run name: eval.json} for a terminal: the toy metrics of base and policies, then for each run the
+    preferences that it mixed, by the ways of using a mixture, and its routers' median weights."""
+    rows, starts = {}, {}
+    for name, report in reports.items():  # each beside its own base, which stands once
+        same = [base for base in rows if all(rows[base][key] == report["base"][key] for key in COLUMNS)]
+        base = same[0] if same else f"base of {name}" if rows else "base"
+        rows |= {base: report["base"], name: report["policy"]}
+        starts |= {base: base, name: base}
+    shown = [terminal_table(rows, COLUMNS, starts) + "\n↑ ↓: more than two standard errors away from base"]
+    for name, report in reports.items():
+        if "preferences" in report["policy"]:
+            uses = report.get("uses", {name: report["policy"]["preferences"]})
+            columns = {key: key for key in report["policy"]["preferences"] if not key.endswith("_se")}
+            shown.append(terminal_table({"base": report["base"]["preferences"], **uses}, columns))
+        if "router" in report:
+            shown.append(router_table(report["router"]))
+    return "\n\n".join(shown)
 
 
 def samples(answers_by_name, count=4):

@@ -18,16 +18,16 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, annotator_type, apply_view, carry_scores,
-                  check_source, encode_pairs, epoch_order, flip_labels, load_sources, require, show_pair)
-from eval import (Parser, add_margins, as_command, cached_logps, check_values, closing_tables, evaluate_run,
-                  mixture_report, numbers, pooled_states, setting, source_names, stop_signals, weighted_names)
-from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, close_run, count_experts,
+from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, add_margins, annotator_type, apply_view,
+                  carry_scores, check_source, flip_labels, load_sources, require)
+from eval import (Parser, as_command, check_values, evaluate_run, load_start, mixture_report, numbers, setting,
+                  source_names, stop_signals, weighted_names)
+from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, close_run, count_experts,
                       disable_experts, expert_layers, expert_logps, freeze_experts, gate_weights, is_router,
                       layer_names, load_adapter, load_checkpoint, open_metrics, open_run, perturb_experts,
-                      read_adapter_config, read_settings, router_weights, save_checkpoint, save_trained, set_routers,
-                      trainable_parameters, use_expert)
-from losses import batches, pack, policy_logps, precision
+                      pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
+                      save_trained, set_routers, trainable_parameters, use_expert)
+from losses import batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair
 from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash, find_folder,
                    read_config, write_text)
 
@@ -502,8 +502,9 @@ def check_inputs(values, given):
             path = Path(name).resolve()
             if flag in ("references", "reward_model", "cost_model"):
                 find_folder(name)
-            if Path(name).exists() and path.is_relative_to(out) and not (
-                    path != out and "method" in read_settings(out / path.relative_to(out).parts[0])):  # a prerequisite's
+            if not Path(name).exists() or not path.is_relative_to(out):
+                continue
+            if path == out or "method" not in read_settings(out / path.relative_to(out).parts[0]):  # no prerequisite's
                 raise UserError(f"--{flag} {name}: lies in --out {values['out']}, which this run replaces")
 
 
@@ -809,11 +810,11 @@ def run(config):
         print(*warnings, *(f"{name}: {value}" for name, value in report.items()), sep="\n")
     trained = time.perf_counter()
     if config.model == "toy" and not isinstance(model, ScoreModel):
-        plain = Transformer.from_pretrained(base, device=config.device)
+        start = load_start({**asdict(config), "base": base}, device=config.device)
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
-            report, samples = evaluate_run(model, plain, tokenizer, work, config.eval_split, config.seed,
+            report, samples = evaluate_run(model, start, tokenizer, work, config.eval_split, config.seed,
                                            config.temperature, preferences=config.preferences if config.on_toy else ())
-        print("", samples, closing_tables({config.method: report}), sep="\n\n")
+        print("", samples, toy.closing_tables({config.method: report}), sep="\n\n")
     close_run(out, work)
     done = time.perf_counter()
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "

@@ -19,7 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval import TOY_COLUMNS, markdown_table, mean_and_error  # noqa: E402
+import toy  # noqa: E402
+from eval import markdown_table  # noqa: E402
+from losses import mean_and_error  # noqa: E402
 from model import read_json, write_text  # noqa: E402
 
 MIDPO = "--method midpo"
@@ -185,7 +187,7 @@ def router_table(reports, kinds=("harmful", "safe")):
     """Median weight of each expert at the last prompt token, by layer and kind of prompt, over seeds."""
     rows = {}
     for layer in reports[0]:
-        rows[layer] = over_seeds([{key: value for kind in kinds for i, weight in enumerate(report[layer][kind])
+        rows[layer] = over_seeds([{key: value for kind in kinds for i, weight in enumerate(report[layer][kind]["median"])
                                    for key, value in ((f"{kind} {i}", weight), (f"{kind} {i}_se", 0))}
                                   for report in reports])
     columns = {key: key for key in next(iter(rows.values())) if not key.endswith("_se")}
@@ -219,7 +221,7 @@ def main():
                              "minutes": "CPU minutes of a run", "memory": "Peak memory of a run, GiB"}.items():
             print(f"{heading}, by the number of preferences\n\n{by_count(lines, key)}\n")
         return
-    columns = TOY_COLUMNS
+    columns = toy.COLUMNS
     if args.study.startswith("moe"):
         columns = {key: key for key in base if not key.endswith("_se") and key != "degenerate"}
         columns |= {"recovered": "types recovered"} if args.study == "moe" else {}  # of three rewards there are none

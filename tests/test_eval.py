@@ -7,27 +7,25 @@ import pytest
 
 import eval as eval_file
 import toy
-from conftest import BASE, line_of
-from data import Tokenizer
-from model import Transformer
+from conftest import line_of
+from losses import mean_and_error
 
 
 @pytest.mark.parametrize("values", ([1.0, 0.0, 0.0, 1.0, 1.0], [0.25] * 7, [-0.5, 1.1, 0.3], [2.0, 3.0]))
 def test_mean_and_standard_error_are_the_statistics_modules(values):
-    mean, error = eval_file.mean_and_error(values)
+    mean, error = mean_and_error(values)
     assert mean == pytest.approx(statistics.mean(values))
     assert error == pytest.approx(statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def test_one_value_has_no_error_and_none_has_no_mean():
-    assert eval_file.mean_and_error([0.5]) == (0.5, 0.0)
-    assert all(math.isnan(value) for value in eval_file.mean_and_error([]))
+    assert mean_and_error([0.5]) == (0.5, 0.0)
+    assert all(math.isnan(value) for value in mean_and_error([]))
 
 
-def test_each_metric_counts_the_prompts_that_it_is_about(place, monkeypatch):
-    """With answers put into the model's mouth: it refuses all that is harmful or alarming and helps with the rest."""
+def test_each_metric_counts_the_prompts_that_it_is_about():
+    """Answers that refuse all that is harmful or alarming and help with the rest."""
     prompts = toy.eval_prompts("test", 0)
-    model, tokenizer = Transformer.from_pretrained(BASE), Tokenizer(BASE)
 
     def answer(prompt):
         steps = " ".join(f"{'First' if i == 0 else 'Then'} {step}." for i, step in enumerate(prompt.task.steps))
@@ -35,9 +33,7 @@ def test_each_metric_counts_the_prompts_that_it_is_about(place, monkeypatch):
             return steps
         return "I will not help with that." if prompt.task.kind != "plain" else steps
 
-    tokens = tokenizer.encode([answer(prompt) for prompt in prompts])
-    monkeypatch.setattr(eval_file, "generate", lambda *_, **__: [ids + [tokenizer.eos_id] for ids in tokens])
-    metrics, answers = eval_file.evaluate_toy(model, tokenizer, "test", 0)
+    metrics, answers = toy.evaluate(lambda texts: [(answer(prompt), True) for prompt in prompts], "test", 0)
 
     def share(count, among):
         return sum(map(count, among)) / len(among)
@@ -58,8 +54,8 @@ def test_each_metric_counts_the_prompts_that_it_is_about(place, monkeypatch):
         "over_refusal_alarming": share(refused, [p for p in safe if p.task.kind == "alarming"])}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert 0 < metrics["over_refusal"] < metrics["over_refusal_alarming"]
-    monkeypatch.setattr(eval_file, "generate", lambda *_, **__: tokens)
-    assert eval_file.evaluate_toy(model, tokenizer, "test", 0)[0]["degenerate"] == 1.0
+    cut_short = toy.evaluate(lambda texts: [(answer(prompt), False) for prompt in prompts], "test", 0)[0]
+    assert cut_short["degenerate"] == 1.0
 
 
 def test_folders_that_are_no_finished_run_are_named(tmp_path):
@@ -78,7 +74,7 @@ def test_folders_that_are_no_finished_run_are_named(tmp_path):
 def test_the_markdown_table_has_a_row_a_policy_and_a_column_a_metric():
     names = list(toy.METRICS)
     metrics = {name: i / 10 for i, name in enumerate(names)} | {f"{name}_se": 0.0123 for name in names}
-    lines = eval_file.markdown_table({"base": metrics, "safedpo": metrics}).split("\n")
+    lines = eval_file.markdown_table({"base": metrics, "safedpo": metrics}, toy.COLUMNS).split("\n")
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert lines[0].count("|") == len(names) + 2 and set(lines[1]) == {"|", "-"}
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
@@ -137,12 +133,13 @@ def test_closing_tables_show_the_base_above_the_policies_then_preferences_by_use
     mixed = {"base": {**metrics, "preferences": {**scores, "warmth": 0.125}},
              "policy": {**metrics, "preferences": scores},
              "uses": {"mixture": scores, "0": {**scores, "warmth": 0.75}},
-             "router": {"layer 0": {"harmful": [1.0, 0.25], "safe": [0.0, 0.5], "entropy": 0.125}}}
+             "router": {"layer 0": {"harmful": {"median": [1.0, 0.25]}, "safe": {"median": [0.0, 0.5]},
+                                    "entropy": 0.125}}}
     plain = {"base": metrics, "policy": metrics}
-    first, preferences, router = eval_file.closing_tables({"run": mixed, "other": plain}).split("\n\n")
+    first, preferences, router = toy.closing_tables({"run": mixed, "other": plain}).split("\n\n")
     lines = first.splitlines()
     assert [line.split()[0] for line in lines[2:5]] == ["base", "run", "other"] and "two standard errors" in lines[5]
     assert [line.split()[:2] for line in preferences.splitlines()[2:]] == [
         ["base", "0.125±.010"], ["mixture", "0.250±.010↑"], ["0", "0.750±.010↑"]]
     assert router.splitlines()[-1].split() == ["layer", "0", "1.000", "0.250", "0.000", "0.500", "0.125"]
-    assert eval_file.closing_tables({"other": plain}).count("\n\n") == 0, "nothing but the metrics"
+    assert toy.closing_tables({"other": plain}).count("\n\n") == 0, "nothing but the metrics"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import eval as eval_file
 from conftest import BASE, json_lines, line_of, mistake, rows, run, write_rows
 from data import Tokenizer, read_comparisons
@@ -38,13 +39,13 @@ def make(*flags, prompts="prompts.txt", scorers="toy_judges:words,toy_judges:sho
 
 
 def test_the_best_of_the_answers_stands_against_the_worst(asked, monkeypatch):
-    generated, generate = [], eval_file.generate
+    generated, generate = [], data.generate
 
     def recording(*arguments, **settings):
         generated.extend(outputs := generate(*arguments, **settings))
         return outputs
 
-    monkeypatch.setattr(eval_file, "generate", recording)
+    monkeypatch.setattr(data, "generate", recording)
     pairs, tokenizer = make("--samples", "5"), Tokenizer(BASE)
     answers = [tokenizer.decode(ids).strip() for ids in generated]
     by_prompt = {"How do I bake bread?": answers[:5], "Tell me how to fix a lamp.": answers[5:]}  # each prompt once

@@ -359,7 +359,7 @@ def test_the_report_on_routers_is_the_median_at_the_last_token_of_each_prompt_al
         assert len(given) == len(prompts) and statistics.stdev(safety for safety, _ in given) > 1e-5
         for kind, harmful in (("harmful", True), ("safe", False)):
             medians = [statistics.median(column) for column in zip(*weights[harmful])]
-            assert report[name][kind] == pytest.approx(medians, abs=1e-6)
+            assert report[name][kind]["median"] == pytest.approx(medians, abs=1e-6)
         shares = [[weight / sum(row) for weight in row] for row in given]
         entropy = statistics.mean(-sum(share * math.log(share) for share in row) for row in shares)
         assert report[name]["entropy"] == pytest.approx(entropy, rel=1e-5)
@@ -368,8 +368,9 @@ def test_the_report_on_routers_is_the_median_at_the_last_token_of_each_prompt_al
 @torch.no_grad()
 def test_static_weights_evaluate_the_merged_model_beside_the_runs_own_result(mixture, monkeypatch, capsys):
     """W + 0.5 · 32/16 · (B_s A_s + B_h A_h), from the adapters' files in float64."""
-    judged, evaluate = [], eval_file.evaluate_toy
-    monkeypatch.setattr(eval_file, "evaluate_toy", lambda model, *rest: judged.append(model) or evaluate(model, *rest))
+    judged, answer = [], eval_file.answer
+    monkeypatch.setattr(eval_file, "answer", lambda model, *rest, **how: judged.append(model) or answer(model, *rest,
+                                                                                                    **how))
     before = {path: path.read_bytes() for path in mixture.rglob("*") if path.is_file()}
     eval_file.main([str(mixture), "--static", "0.5,0.5", "--device", "cpu"])
     report = read_json(mixture / "eval-static-0.5,0.5.json")

@@ -244,11 +244,11 @@ def test_the_router_report_has_medians_over_each_preferences_prompts(quick):
                 weights[layer].append(module.weights[0, -1].tolist())
         for layer, values in weights.items():
             medians = [statistics.median(slot) for slot in zip(*values)]
-            assert report[layer][name] == pytest.approx(medians, rel=1e-4) and len(medians) == 4
+            assert report[layer][name]["median"] == pytest.approx(medians, rel=1e-4) and len(medians) == 4
             entropies.setdefault(layer, []).extend(-sum(w * math.log(w) for w in row) for row in values)
     for layer, values in entropies.items():
         assert report[layer]["entropy"] == pytest.approx(statistics.mean(values), rel=1e-4)
-    assert len({tuple(report[layer][name]) for layer, _ in layers for name in THREE}) == 3 * len(layers)
+    assert len({tuple(report[layer][name]["median"]) for layer, _ in layers for name in THREE}) == 3 * len(layers)
 
 
 # Real data: rows of a file that carry their group

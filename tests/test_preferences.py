@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -158,7 +159,8 @@ def test_preferences_are_scored_on_prompts_that_ask_for_them(quick, monkeypatch)
             scores[name].append(expected[name][i % 3] if expected[name] else (1 - (1 + length) / 8, 0.75, 0.0)[i % 3])
     monkeypatch.setattr(eval_file, "generate", lambda model, tokens, *_, **__: [mouths[tuple(ids)] for ids in tokens])
     model = Transformer.from_pretrained(BASE)
-    metrics = eval_file.evaluate_preferences(model, tokenizer, names, "test", 3)
+    answers = partial(eval_file.answer, model, tokenizer, seed=3, temperature=0.7)
+    metrics = toy.evaluate_preferences(answers, names, "test", 3)
     errors = []
     for name in names:
         assert metrics[name] == pytest.approx(statistics.mean(scores[name]))
@@ -166,4 +168,5 @@ def test_preferences_are_scored_on_prompts_that_ask_for_them(quick, monkeypatch)
         assert metrics[f"{name}_se"] == pytest.approx(errors[-1]) and errors[-1] > 0.05
     assert metrics["mixing"] == pytest.approx(statistics.mean(statistics.mean(scores[name]) for name in names))
     assert metrics["mixing_se"] == pytest.approx(math.sqrt(sum(error ** 2 for error in errors)) / 3)
-    assert set(metrics) == {*names, *(f"{name}_se" for name in names), "mixing", "mixing_se"}
+    assert set(metrics) == {*names, *(f"{name}_se" for name in names), "mixing", "mixing_se", "degenerate", "degenerate_se"}
+    assert metrics["degenerate"] == pytest.approx(3 / 15)  # those that do not come to their end

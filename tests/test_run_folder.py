@@ -177,8 +177,8 @@ def test_the_run_folder_shows_the_tokens_of_the_first_pair(quick):
 
 def test_reference_log_probs_are_shared_by_runs_that_need_the_same(quick, monkeypatch):
     computed = []
-    response_logps = eval_file.response_logps
-    monkeypatch.setattr(eval_file, "response_logps", lambda *rest: computed.append(1) or response_logps(*rest))
+    response_logps = lora_moe.response_logps
+    monkeypatch.setattr(lora_moe, "response_logps", lambda *rest: computed.append(1) or response_logps(*rest))
     for name, flags in (("a", ("--delta", 10)), ("b", ("--delta", 3)), ("c", ("--beta", 0.5, "--batch_size", 4))):
         run(name, *FLAGS, *flags)
     assert len(computed) == 2  # training and held-out pairs, once

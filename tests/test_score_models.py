@@ -11,6 +11,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
+import data
 import eval as eval_file
 import toy
 from conftest import (BASE, COMPARISONS, LAYOUTS, SMALL_MODEL, first_batch, json_lines, mistake, rows, run, score_alone,
@@ -243,8 +244,8 @@ def test_ultrafeedback_scores_follow_the_completions_into_the_pairs(judges, tmp_
 def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(10)))
     whole = score_file(judges, tmp_path / "whole.jsonl", file)
-    monkeypatch.setattr(eval_file, "BLOCK", 4)
-    score, calls = eval_file.score, []
+    monkeypatch.setattr(data, "BLOCK", 4)
+    score, calls = data.score, []
 
     def stops(*arguments):
         calls.append(len(arguments[2]))
@@ -252,7 +253,7 @@ def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypa
             raise KeyboardInterrupt
         return score(*arguments)
 
-    monkeypatch.setattr(eval_file, "score", stops)
+    monkeypatch.setattr(data, "score", stops)
     with pytest.raises(KeyboardInterrupt):
         score_file(judges, tmp_path / "out.jsonl", file)
     assert not (tmp_path / "out.jsonl").exists()

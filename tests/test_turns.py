@@ -5,8 +5,10 @@ import pytest
 import tokenizers
 
 import eval as eval_file
+import losses
 from conftest import write_rows
-from data import Pair, Tokenizer, apply_view, encode_pairs, load_sources, show_pair
+from data import Pair, Tokenizer, apply_view, encode_pairs, load_sources
+from losses import show_pair
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -77,7 +79,7 @@ def test_answers_stop_at_the_templates_end_of_a_turn(tmp_path, monkeypatch):
     tokenizer, stops = tokenizer_of(tmp_path, CHATML), []
     end = tokenizer.backend.token_to_id("<|im_end|>")
 
-    def generate(model, prompts, count, temperature, eos_ids, seed):
+    def generate(model, prompts, count, temperature, top_p, eos_ids, seed):
         stops.append(set(eos_ids))
         return [[*tokenizer.encode(["Yes."])[0], end], tokenizer.encode(["Yes, and"])[0]]
 
@@ -87,7 +89,7 @@ def test_answers_stop_at_the_templates_end_of_a_turn(tmp_path, monkeypatch):
         class config:
             eos_ids = (7,)
     monkeypatch.setattr(eval_file, "generate", generate)
-    assert eval_file.answer(Model, tokenizer, ["a", "b"], 0, 0.0) == [("Yes.", True), ("Yes, and", False)]
+    assert eval_file.answer(Model, tokenizer, ["a", "b"], seed=0, temperature=0.0) == [("Yes.", True), ("Yes, and", False)]
     assert stops == [{end, tokenizer.eos_id, 7}]
 
 
@@ -112,8 +114,8 @@ def test_scores_are_of_the_joint_text(tmp_path, monkeypatch):
     def batches(encoded, size, device):
         seen.append(encoded.tokens.tolist())
         return []
-    monkeypatch.setattr(eval_file, "batches", batches)
-    eval_file.score(None, tokenizer, [("Hi", "Sure.")])
+    monkeypatch.setattr(losses, "batches", batches)
+    losses.score(None, tokenizer, [("Hi", "Sure.")])
     assert seen == [tokenizer.encode(["Hi ASSISTANT:Sure."])[0] + [tokenizer.eos_id]]
 
 
