@@ -408,8 +408,9 @@ def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
     use: "mixture" draws it from the gate's w(x), once for each prompt; "sparse" takes the one with the largest w; a
     number names it. Raises UserError for any other. users: for a user gate, cycle through users with this name prefix; if empty, use the average user.
     """
-    if use not in ("mixture", "sparse", *map(str, range(count_experts(model)))):
-        raise UserError(f"--use {use}: expected mixture, sparse or an expert's number from 0 to {count_experts(model) - 1}")
+    K = len(model.gate.bias)
+    if use not in ("mixture", "sparse", *map(str, range(K))):
+        raise UserError(f"--use {use}: expected mixture, sparse or an expert's number from 0 to {K - 1}")
     if use.isdecimal():
         return torch.full((len(prompts),), int(use))
     numbers = [i for i, name in enumerate(model.gate.spec["groups"]) if users and name.startswith(users)] or [-1]

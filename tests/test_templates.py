@@ -7,6 +7,7 @@ import pytest
 import tokenizers
 
 import data
+import losses
 from conftest import pieces
 from data import Pair, Tokenizer, encode_pairs
 from model import UserError
@@ -218,7 +219,7 @@ def test_a_template_that_leaves_no_room_is_a_user_error(make):
 
 def test_many_rows_are_tokenised_as_one_is(make, monkeypatch):
     tokenizer, pairs = make("alpaca"), [Pair("p" * i, "c" * (i % 7 + 1), "r" * (i % 5 + 1)) for i in range(1, 40)]
-    monkeypatch.setattr(data, "CHUNK", 8)  # more than one chunk, the last one not full
+    monkeypatch.setattr(losses, "CHUNK", 8)  # more than one chunk, the last one not full
     together = encode_pairs(tokenizer, pairs, 60)
     assert len(together) == 39 and together.bounds[0, 0] == 0 and together.bounds[-1, -1] == len(together.tokens)
     assert (together.bounds[1:, 0] == together.bounds[:-1, -1]).all()

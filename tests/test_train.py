@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eval as eval_file
+import lora_moe
 import model as model_file
 import toy
 import train
@@ -237,7 +238,7 @@ def test_reference_logps_are_kept_and_never_misused(place):
 
 def test_the_second_run_in_a_folder_computes_no_reference(place, monkeypatch):
     first = files_of(run("run", "--max_steps", 2))
-    monkeypatch.setattr(eval_file, "save_file", lambda *_: pytest.fail("the reference was computed again"))
+    monkeypatch.setattr(lora_moe, "save_file", lambda *_: pytest.fail("the reference was computed again"))
     assert files_of(run("run", "--max_steps", 2, "--delta", 2)) != first
     assert files_of(run("run", "--max_steps", 2)) == first
 
