@@ -36,11 +36,11 @@ from tqdm import tqdm
 import toy
 from data import (TEMPLATE_NAMES, TEMPLATES, Tokenizer, annotator_type, check_source, get_prompt, load_score_model,
                   load_scorer, load_sources, make_pairs, parse_line, read_lines, score_file, whole_lines)
-from lora_moe import (LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, expert_logps,
-                      export_experts, is_routed, load_adapter, load_trained, merge_experts, router_weights, set_routers,
-                      use_expert, weights_hash)
-from losses import (Encoded, batches, encode, markdown_table, measured, mixture_diagnostics, precision, router_table,
-                    score, terminal_table, win_rate)
+from lora_moe import (LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
+                      gate_report, is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights,
+                      set_routers, use_expert, weights_hash)
+from losses import (Encoded, batches, encode, expert_margins, markdown_table, measured, mixture_diagnostics,
+                    router_table, score, terminal_table, win_rate)
 from model import (DTYPES, Transformer, UserError, content_hash, files_hash, find_folder, first_line, generate,
                    read_json, write_text)
 
@@ -230,29 +230,14 @@ def router_report(model, tokenizer, prompts):
     return report
 
 
-@torch.no_grad()
-def expert_margins(model, encoded, beta, batch_size, dtype="float32"):
-    """Δr of every pair under each expert, (N, K), and the gate's log w, (N, K): float32 on the CPU."""
-    device, K = next(model.parameters()).device, count_experts(model)
-    margins, log_gates = torch.empty(2, len(encoded), K)
-    for indices, batch in batches(encoded, batch_size, device, longest_first=False):
-        with precision(dtype, device):
-            logps = expert_logps(model, batch)                                          # (K, N, 2)
-            log_gates[indices] = model.gate(batch.labels.get("pooled"), batch.labels["group"]).cpu()
-        ref_logps = batch.labels["reference"]                           # (N, 2), or (N, 2, K): one for each expert
-        ratios = logps - (ref_logps.permute(2, 0, 1) if ref_logps.dim() == 3 else ref_logps)
-        margins[indices] = beta * (ratios[..., 0] - ratios[..., 1]).T.cpu()
-    return margins, log_gates
-
-
 def mixture_report(model, encoded, held_out, beta, batch_size, dtype="float32"):
     """`mixture_diagnostics` of a trained mixture, and with held-out pairs (or None) "accuracy": {annotator type: [share
     of its held-out pairs that each expert orders rightly]}. Returns (report, warnings)."""
-    margins, log_gate = expert_margins(model, encoded, beta, batch_size, dtype)
+    margins, log_gate = expert_margins(mixture_logps, model, encoded, beta, batch_size, dtype)
     types = [annotator_type(name) for name in encoded.groups]
     report, warnings = mixture_diagnostics(margins, log_gate, torch.from_numpy(encoded.labels["group"]), types)
     if held_out is not None:
-        right = expert_margins(model, held_out, beta, batch_size, dtype)[0] > 0
+        right = expert_margins(mixture_logps, model, held_out, beta, batch_size, dtype)[0] > 0
         pair_types = np.array([*types, "unknown"])[held_out.labels["group"]]
         report["accuracy"] = {name: right[torch.from_numpy(pair_types == name)].float().mean(0).tolist()
                               for name in sorted(set(types)) or ["unknown"]}
@@ -495,8 +480,8 @@ COLUMNS = {
 
 def answer_with(runs, prompts, args):
     """Answers of runs and of the models that they started from: ({row: answers}, {row: metrics of `health`}, {row: name
-    of its start}, {row: `router_report`}). One model is in memory at a time."""
-    answers, logps, members, starts, routers = {}, {}, {}, {}, {}
+    of its start}, {row: `router_report`}, {row: `gate_report`}). One model is in memory at a time."""
+    answers, logps, members, starts, routers, gates = {}, {}, {}, {}, {}, {}
     kinds = {label or "all": [i for i, row in enumerate(prompts) if row["label"] == label]
              for label in dict.fromkeys(row["label"] for row in prompts)}
     for run in runs:
@@ -507,6 +492,8 @@ def answer_with(runs, prompts, args):
         if is_routed(policy):
             routers[run] = router_report(policy, tokenizer, {kind: [
                 (prompts[i]["prompt"], answers[run][i]["answer"]) for i in numbers] for kind, numbers in kinds.items()})
+        if policy.gate is not None and policy.gate.kind == "user":
+            gates[run] = gate_report(policy)
         members.setdefault((config["base"], *config["init_adapter"]), []).append((run, tokenizer, config))
     metrics = {}
     for started in members.values():
@@ -519,7 +506,7 @@ def answer_with(runs, prompts, args):
         for run, tokenizer, _ in started:
             before = answer_logps(model, tokenizer, prompts, answers[run], args)
             metrics[run], starts[run] = health(prompts, answers[run], logps[run], before), name
-    return {name: answers[name] for name in metrics}, metrics, starts, routers
+    return {name: answers[name] for name in metrics}, metrics, starts, routers, gates
 
 
 def evaluate_answers(runs, args):
@@ -527,7 +514,7 @@ def evaluate_answers(runs, args):
     table, and write it with all settings to --out.md and --out.json."""
     out = Path(args.out or f"out/eval-{Path(args.prompts).stem}")
     prompts = read_prompts(args.prompts, args.n)
-    answers, metrics, starts, routers = answer_with(runs, prompts, args)
+    answers, metrics, starts, routers, gates = answer_with(runs, prompts, args)
     baseline = args.baseline or "start"
     judges = {"rule": "a refusal rule (eval.py: refuses), English only"}
     judged = [score_answers(prompts, answers, baseline, args)]
@@ -559,10 +546,11 @@ def evaluate_answers(runs, args):
     table = markdown_table(rows, {key: heading.replace("/", " ") for key, heading in columns.items()}, better)
     write_text(Path(f"{out}.md"), "\n".join([table, "", *(f"- {line}" for line in about), ""]))
     numbers = {name: {key: None if math.isnan(row[key]) else row[key] for key in row} for name, row in rows.items()}
-    report = {"settings": asdict(args), "judges": judges, "baseline": baseline, "rows": numbers, "routers": routers}
+    report = {"settings": asdict(args), "judges": judges, "baseline": baseline, "rows": numbers, "routers": routers,
+              "gates": gates}
     write_text(Path(f"{out}.json"), json.dumps(report, indent=2) + "\n")
     if args.plot:
-        plot(rows, columns, routers, runs, out)
+        plot(rows, columns, routers, gates, runs, out)
 
 
 # Pictures
@@ -572,9 +560,10 @@ FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "
              "judged_helpfulness": "judged_harm"}
 
 
-def plot(rows, headings, routers, runs, out):
+def plot(rows, headings, routers, gates, runs, out):
     """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method joined in
-    their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; training curves."""
+    their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of {run:
+    `gate_report`} by user; training curves."""
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -611,6 +600,14 @@ def plot(rows, headings, routers, runs, out):
             axes.set(title=f"expert {k}", xlabel="wrapped layer", ylabel="" if k else "router weight")
         panels[0][-1].legend(fontsize=8)
         save(figure, f"routers-{Path(run).name}")
+    for run, gate in gates.items():
+        users = sorted(gate["users"].items())
+        figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+        for k, name in enumerate(gate["experts"]):
+            axes.plot([weights[k] for _, weights in users], "os^Dv"[k % 5], color=PALETTE[k % 7], label=name)
+        axes.set(xlabel=f"users, from {users[0][0]} to {users[-1][0]}", ylabel="gate weight")
+        axes.legend(fontsize=8)
+        save(figure, f"gate-{Path(run).name}")
     figure, panels = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained")
     for axes, key in zip(panels, ("loss", "rewards/accuracies", "rewards/margins")):
         for i, run in enumerate(runs):
@@ -776,7 +773,7 @@ class Settings:
 
 def evaluate_runs(runs, args):
     """Evaluate finished toy runs, each beside the base that it started from, and print one table."""
-    reports = {}
+    reports, gates = {}, {}
     for run in runs:
         policy, tokenizer, config = load_policy(run, args.dtype, args.device)
         if config["model"] != "toy":
@@ -787,11 +784,13 @@ def evaluate_runs(runs, args):
         report, _ = evaluate_run(policy, start, tokenizer, run, args.split, config["seed"], args.temperature,
                                  args.static, toy.preferences_of(config["data"], config["groups"]))
         reports[f"{run} at {args.static}" if args.static else run] = report
+        if policy.gate is not None and policy.gate.kind == "user":
+            gates[run] = gate_report(policy)
     print(toy.closing_tables(reports))
     if args.plot:
         rows = {"base": next(iter(reports.values()))["base"]} | {run: report["policy"] for run, report in reports.items()}
         routers = {run: report["router"] for run, report in reports.items() if "router" in report}
-        plot(rows, toy.COLUMNS, routers, runs, args.out or "out/eval")
+        plot(rows, toy.COLUMNS, routers, gates, runs, args.out or "out/eval")
 
 
 def write_out(args):

@@ -319,11 +319,6 @@ def add_gate(model, gate, groups=()):
     return model
 
 
-def layer_names(text):
-    """"q_proj,v_proj" -> ("q_proj", "v_proj"); "mlp" and "all-linear" stay."""
-    return text if text in ("mlp", "all-linear") else tuple(text.split(","))
-
-
 def select_modules(targets, names):
     """The names that `targets` selects: "mlp", or PEFT's rules. Raises UserError when a target selects nothing."""
     if targets == "all-linear":
@@ -373,6 +368,12 @@ def expert_logps(model, batch):
     use_expert(model, torch.arange(K).repeat_interleave(len(batch.tokens)))
     hidden = model(batch.tokens.repeat(K, 1), batch.positions.repeat(K, 1), batch.mask().repeat(K, 1, 1))
     return torch.stack([sequence_logps(model, rows, batch) for rows in hidden.chunk(K)])
+
+
+def mixture_logps(model, batch):
+    """Log-probs of every expert, (K, N, R), and the gate's log w, (N, K)."""
+    log_gate = model.gate(batch.labels.get("pooled"), batch.labels["group"])
+    return expert_logps(model, batch), log_gate.expand(batch.shape[0], -1)
 
 
 @contextmanager
@@ -697,25 +698,29 @@ def load_experts(model, folder):
     return model
 
 
-def export_experts(model, folder, template=None):
-    """Write a mixture as one PEFT adapter for each expert, expert-0 …, and gate.json, for servers of many adapters.
+@torch.no_grad()
+def gate_report(model):
+    """{"kind", "experts": their names, "weights": of the experts for all or, of a gate on users, for an unknown user,
+    "users": {user: weights}}; a gate on prompts has instead "weight" (D, K) and "bias": its weights are softmax(mean
+    hidden state of the prompt under the base · weight + bias)."""
+    gate, users = model.gate, model.gate.spec["groups"]
+    report = {"kind": gate.kind, "experts": [f"expert-{k}" for k in range(count_experts(model))]}
+    if gate.kind == "prompt":
+        return report | {"weight": gate.weight.tolist(), "bias": gate.bias.tolist()}
+    report["weights"] = gate(group=torch.tensor([-1], device=gate.bias.device)).exp()[0].tolist()
+    if gate.kind == "user":
+        numbers = torch.arange(len(users), device=gate.bias.device)
+        report["users"] = dict(zip(users, gate(group=numbers).exp().tolist()))
+    return report
 
-    gate.json: "weights" of the experts, {user: weights} under "users" for a gate on users, or for a gate on prompts
-    "weight" (D, K) and "bias": softmax(mean hidden state of the prompt under the base · weight + bias). Raises
-    UserError for routers, whose weights differ from token to token.
-    """
+
+def export_experts(model, folder, template=None):
+    """Write a mixture as one PEFT adapter for each expert, expert-0 …, and `gate_report` in gate.json, for servers of
+    many adapters. Raises UserError for routers, whose weights differ from token to token."""
     if model.gate is None:
         raise UserError("--export: only mix-dpo and moe-dpo have experts that are whole policies; MidPO and PMoL route "
                         "every token, which no adapter format describes; a single adapter is in PEFT's format already")
-    with torch.no_grad():
-        gate = {"kind": model.gate.kind, "experts": [f"expert-{k}" for k in range(count_experts(model))]}
-        if model.gate.kind == "prompt":
-            gate |= {"weight": model.gate.weight.tolist(), "bias": model.gate.bias.tolist()}
-        else:
-            gate["weights"] = model.gate(group=torch.tensor([-1])).exp()[0].tolist()
-        if model.gate.kind == "user":
-            users = model.gate.spec["groups"]
-            gate["users"] = dict(zip(users, model.gate(group=torch.arange(len(users))).exp().tolist()))
+    gate = gate_report(model)
     with atomic_folder(folder) as temporary:
         for k, name in enumerate(gate["experts"]):
             save_adapter(model, temporary / name, template, k)

@@ -418,6 +418,23 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
     return loss.mean(), metrics
 
 
+@torch.no_grad()
+def expert_margins(forward, model, encoded, beta, batch_size, dtype="float32"):
+    """Δr of every pair under each expert, (N, K), and the gate's log w, (N, K): float32 on the CPU.
+
+    forward: function of model and batch to log-probs of every expert, (K, N, 2), and log w.
+    """
+    device, margins, log_gates = next(model.parameters()).device, [], []
+    for _, batch in batches(encoded, batch_size, device, longest_first=False):
+        with precision(dtype, device):
+            logps, log_gate = forward(model, batch)
+        reference = batch.labels["reference"]                           # (N, 2), or (N, 2, K): one for each expert
+        ratios = logps - (reference.permute(2, 0, 1) if reference.dim() == 3 else reference)
+        margins.append(beta * (ratios[..., 0] - ratios[..., 1]).T.cpu())
+        log_gates.append(log_gate.cpu())
+    return torch.cat(margins), torch.cat(log_gates)
+
+
 def mixture_diagnostics(margins, log_gate, group, types):
     """How the experts of a mixture share the pairs: (report, warnings), a warning for each way of not specialising.
 

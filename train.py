@@ -23,8 +23,8 @@ from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, add_marg
 from eval import (Parser, as_command, check_values, evaluate_run, load_start, mixture_report, numbers, setting,
                   source_names, stop_signals, weighted_names)
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, close_run, count_experts,
-                      disable_experts, expert_layers, expert_logps, freeze_experts, gate_weights, is_router,
-                      layer_names, load_adapter, load_checkpoint, open_metrics, open_run, perturb_experts,
+                      disable_experts, expert_layers, freeze_experts, gate_weights, is_router, load_adapter,
+                      load_checkpoint, mixture_logps, open_metrics, open_run, perturb_experts,
                       pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
                       save_trained, set_routers, trainable_parameters, use_expert)
 from losses import batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair
@@ -268,12 +268,6 @@ METHODS["pmol"] = Method(
 # ELBO; the gate's weights are constant (Mix-DPO) or depend on the prompt or the user (MoE-DPO).
 
 
-def mixture_logps(model, batch):
-    """Log-probs of every expert, (K, N, R), and the gate's log w, (N, K)."""
-    log_gate = model.gate(batch.labels.get("pooled"), batch.labels["group"])
-    return expert_logps(model, batch), log_gate.expand(batch.shape[0], -1)
-
-
 def build_mixture(config, model, groups):
     """K adapters, or with --share trunk K heads, and the gate."""
     for folder in config.references:
@@ -335,6 +329,11 @@ METHODS["moe-dpo"] = Method("helpful", moe_dpo, **MIXTURE, preset={**LORA_MIXTUR
                             toy={**TWO_TASTES, "gate": "user"})
 
 # Settings: each is declared once, with its help, default, bounds and how its text is read
+
+
+def layer_names(text):
+    """"q_proj,v_proj" -> ("q_proj", "v_proj"); "mlp" and "all-linear" stay."""
+    return text if text in ("mlp", "all-linear") else tuple(text.split(","))
 
 
 @dataclass(frozen=True)

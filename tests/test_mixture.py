@@ -13,7 +13,7 @@ from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line
                       relative_error, tiny)
 from data import Tokenizer, pack
 from lora_moe import (Gate, add_experts, choose_experts, expert_layers, expert_logps, load_experts, merge_experts,
-                      perturb_experts, pooled_states, save_experts, set_routers, use_expert)
+                      mixture_logps, perturb_experts, pooled_states, save_experts, set_routers, use_expert)
 from model import Transformer, generate, read_json
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (7, 1, 3), (2, 3, 1), (9, 8, 7)]
@@ -61,7 +61,7 @@ def merged_alone(kind, model, k, dtype=torch.float64):
 def check_experts(kind, model, pull):
     """expert_logps and their gradients against one merged model for each expert, in float64 and without packing."""
     encoded, indices = encoded_pairs(), [3, 0, 4, 1, 2]
-    logps, log_gate = train.mixture_logps(model, pack(encoded, indices))
+    logps, log_gate = mixture_logps(model, pack(encoded, indices))
     assert logps.shape == (3, 5, 2) and log_gate.shape == (5, 3) and logps.dtype == torch.float32
     (logps * pull).sum().backward()
     gradients = {}
@@ -199,10 +199,10 @@ def test_a_saved_mixture_loads_again_with_its_gate(kind, gate, tmp_path):
     encoded.labels["pooled"] = pooled_states(model, encoded)
     batch = pack(encoded, [4, 2, 0, 1, 3])
     with torch.no_grad():
-        before = train.mixture_logps(model, batch)
+        before = mixture_logps(model, batch)
         save_experts(model, tmp_path / "experts")
         loaded = load_experts(tiny(KINDS[kind][0]), tmp_path / "experts")
-        after = train.mixture_logps(loaded, batch)
+        after = mixture_logps(loaded, batch)
     assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
     assert loaded.gate.spec == model.gate.spec
     assert before[1].unique(dim=0).shape[0] == {"prompt": 5, "user": 3}.get(gate, 1)

@@ -10,7 +10,8 @@ import eval as eval_file
 import train
 from conftest import BASE, load_run, log_softmax, pair_logps, preference_pairs, run
 from data import Encoded
-from lora_moe import expert_layers
+from lora_moe import expert_layers, mixture_logps
+from losses import expert_margins
 from model import Transformer
 
 ANNOTATORS = tuple(f"{taste} {number:03}" for number in range(3) for taste in ("curtness", "warmth"))
@@ -33,7 +34,7 @@ def report_of(monkeypatch):
         other = held_out and planted(held_out[0])
         parts = {id(encoded): (torch.tensor(margins), torch.tensor(log_gate).expand(len(margins), -1)),
                  id(other): (held_out and torch.tensor(held_out[1]), None)}
-        monkeypatch.setattr(eval_file, "expert_margins", lambda model, part, *settings: parts[id(part)])
+        monkeypatch.setattr(eval_file, "expert_margins", lambda forward, model, part, *settings: parts[id(part)])
         return eval_file.mixture_report(None, encoded, other, beta=0.3, batch_size=4)
     return report_of
 
@@ -107,7 +108,7 @@ def test_margins_of_a_model_are_those_of_single_sequences(quick):
     config, _, tokenizer = load_run(*FLAGS, "--method", "moe-dpo", groups=ANNOTATORS)
     encoded, _ = train.load_data(config, tokenizer)
     encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
-    margins, log_gate = eval_file.expert_margins(model, encoded, config.beta, 4 * config.batch_size)
+    margins, log_gate = expert_margins(mixture_logps, model, encoded, config.beta, 4 * config.batch_size)
     assert margins.shape == log_gate.shape == (60, 2)
     for k in (0, 1):
         save_merged(model, k, f"expert{k}")
@@ -130,7 +131,7 @@ def test_margins_with_a_reference_for_each_expert_use_its_own(quick):
     config, model, tokenizer = load_run(*FLAGS, "--method", "mix-dpo", "--references", ",".join(folders))
     encoded, _ = train.load_data(config, tokenizer)
     encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
-    margins, _ = eval_file.expert_margins(model, encoded, config.beta, 4 * config.batch_size)
+    margins, _ = expert_margins(mixture_logps, model, encoded, config.beta, 4 * config.batch_size)
     pair = preference_pairs(["warmth", "curtness"], annotators=6)[5]
     base = pair_logps(BASE, pair)
     for k, folder in enumerate(folders):
