@@ -574,9 +574,8 @@ def plot(rows, headings, routers, gates, runs, out):
             figure.savefig(f"{out}-{name}.{kind}", dpi=150)
         print(f"{out}-{name}.png")
 
-    for x, y in FRONTIERS.items():
-        if not all(math.isfinite(row.get(key, math.nan)) for key in (x, y) for row in rows.values()):
-            continue
+    for x, y in [(x, y) for x, y in FRONTIERS.items() if all(
+            math.isfinite(row.get(key, math.nan)) for key in (x, y) for row in rows.values())][:1]:
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
         for i, (name, row) in enumerate(rows.items()):
             axes.errorbar(row[x], row[y], row[f"{y}_se"], row[f"{x}_se"], "os^Dv"[i % 5], color=PALETTE[i % 7],

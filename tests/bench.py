@@ -1,13 +1,16 @@
 """Side-by-side timings, each a ratio of two things that run in this process, in turn.
 
-    python tests/bench.py generate [--rounds 5]    our generate against transformers' (which it needs)
+    python tests/bench.py generate [--rounds 5]    our generate against transformers' (which it needs), with experts too
     python tests/bench.py experts                  a PMoL training step with 16 experts against one with 4
     python tests/bench.py mixture                  generation through MidPO's mixture against one expert and the base
+    python tests/bench.py refusals FILE.csv …      the refusal rule against human labels: XSTest's completion files
 
 The median of the rounds' ratios is what counts, as it is the figure that other work on the machine disturbs least.
 Models are made here, of random weights.
 """
 import argparse
+import copy
+import csv
 import statistics
 import sys
 import tempfile
@@ -21,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses  # noqa: E402
 from data import Encoded, pack  # noqa: E402
+from eval import refuses  # noqa: E402
 from lora_moe import add_experts, router_weights, trainable_parameters  # noqa: E402
 from model import ModelConfig, Transformer, generate  # noqa: E402
 
@@ -47,20 +51,23 @@ def bench_generate(rounds, batch=16, prompt_length=32, new_tokens=64):
     prompts = torch.randint(3, config.vocab_size, (batch, prompt_length))
     settings = dict(attention_mask=torch.ones_like(prompts), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
                     do_sample=False, pad_token_id=0)
-    ratios = []
+    with_experts = {"one expert": (1, {"type": "constant"}), "two experts, routed": (2, {"type": "sigmoid"})}
+    models = {"base": ours} | {name: add_experts(copy.deepcopy(ours), ["down_proj"], 16, 32, experts, router=router)
+                               for name, (experts, router) in with_experts.items()}
+    ratios = {name: [] for name in models}
     for i in range(rounds + 1):
         with torch.no_grad():
             their_time, their_tokens = timed(lambda: theirs.generate(prompts, **settings))
-        our_time, our_tokens = timed(lambda: generate(ours, prompts.tolist(), new_tokens))
-        same = sum(a == b for row, other in zip(our_tokens, their_tokens[:, prompt_length:].tolist())
-                   for a, b in zip(row, other)) / (batch * new_tokens)
-        if i > 0:  # the first round warms both up
-            ratios.append(their_time / our_time)
-        print(f"{'warm-up' if i == 0 else f'round {i}'}: transformers {batch * new_tokens / their_time:6.0f} tokens/s, "
-              f"ours {batch * new_tokens / our_time:6.0f} tokens/s, {their_time / our_time:.2f} x, "
-              f"{same:.1%} of the tokens equal", flush=True)
-    print(f"median {statistics.median(ratios):.2f} x  ({min(ratios):.2f} to {max(ratios):.2f}), batch {batch}, "
-          f"{prompt_length} prompt and {new_tokens} new tokens, {torch.get_num_threads()} threads")
+        for name, model in models.items():
+            our_time, our_tokens = timed(lambda: generate(model, prompts.tolist(), new_tokens))
+            if i:  # the first round warms all up
+                ratios[name].append(their_time / our_time)
+            same = np.mean([row == other for row, other in zip(our_tokens, their_tokens[:, prompt_length:].tolist())])
+            print(f"{f'round {i}' if i else 'warm-up'}: transformers {batch * new_tokens / their_time:6.0f} tokens/s, "
+                  f"ours, {name}, {batch * new_tokens / our_time:6.0f}, {same:.0%} of the answers equal", flush=True)
+    for name, all_rounds in ratios.items():
+        print(f"{name}: median {statistics.median(all_rounds):.2f} x ({min(all_rounds):.2f} to {max(all_rounds):.2f}), "
+              f"batch {batch}, {prompt_length} prompt and {new_tokens} new tokens, {torch.get_num_threads()} threads")
 
 
 def compare(rounds, functions):
@@ -110,10 +117,25 @@ def bench_mixture(rounds, batch=16, prompt_length=32, new_tokens=64):
     compare(rounds, {name: partial(generate, model, prompts, new_tokens) for name, model in models.items()})
 
 
+def bench_refusals(files):
+    """Agreement of eval.refuses with the final human labels, refusal (full or partial) against compliance."""
+    shares = []
+    for name in files:
+        with open(name, encoding="utf-8", newline="") as file:
+            rows = [*csv.DictReader(file)]
+        shares.append(np.mean([refuses(row["completion"]) == (row["final_label"] != "1_full_compliance") for row in rows]))
+        print(f"{Path(name).stem}: {shares[-1]:.4f} of {len(rows)} answers")
+    print(f"mean {np.mean(shares):.4f}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["generate", "experts", "mixture"])
+    parser.add_argument("what", choices=["generate", "experts", "mixture", "refusals"])
+    parser.add_argument("files", nargs="*")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(2)
-    {"generate": bench_generate, "experts": bench_experts, "mixture": bench_mixture}[args.what](args.rounds)
+    if args.what == "refusals":
+        bench_refusals(args.files)
+    else:
+        {"generate": bench_generate, "experts": bench_experts, "mixture": bench_mixture}[args.what](args.rounds)
