@@ -561,8 +561,8 @@ FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "
 
 
 def plot(rows, headings, routers, gates, runs, out):
-    """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method joined in
-    their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of {run:
+    """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method and
+    view joined in their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of {run:
     `gate_report`} by user; training curves."""
     try:
         from matplotlib import pyplot
@@ -580,9 +580,10 @@ def plot(rows, headings, routers, gates, runs, out):
         for i, (name, row) in enumerate(rows.items()):
             axes.errorbar(row[x], row[y], row[f"{y}_se"], row[f"{x}_se"], "os^Dv"[i % 5], color=PALETTE[i % 7],
                           capsize=3, label=name)
-        for _, sweep in itertools.groupby(runs, key=lambda run: read_json(Path(run) / "config.json")["method"]):
+        for _, sweep in itertools.groupby(runs, lambda run: [read_json(Path(run) / "config.json")[key]
+                                                             for key in ("method", "view")]):
             axes.plot(*zip(*((rows[run][x], rows[run][y]) for run in sweep)), color="#999999", zorder=0)
-        axes.set(xlabel=headings[x].replace("/", ": "), ylabel=headings[y].replace("/", ": "))
+        axes.set(xlabel=headings[x].replace("/", ", "), ylabel=headings[y].replace("/", ", "))
         axes.legend(fontsize=8)
         save(figure, "frontier")
     for run, report in routers.items():
@@ -596,7 +597,8 @@ def plot(rows, headings, routers, gates, runs, out):
                                      for key in ("median", "q10", "q90"))
                 axes.plot(median, f"-{'os^Dv'[i % 5]}", color=PALETTE[i % 7], label=kind)
                 axes.fill_between(range(len(median)), low, high, color=PALETTE[i % 7], alpha=0.2)
-            axes.set(title=f"expert {k}", xlabel="wrapped layer", ylabel="" if k else "router weight")
+            axes.set(title=f"expert {k}", xlabel="wrapped layer", ylabel="" if k else "router weight", ylim=(-0.05, 1.05))
+            axes.xaxis.get_major_locator().set_params(integer=True)
         panels[0][-1].legend(fontsize=8)
         save(figure, f"routers-{Path(run).name}")
     for run, gate in gates.items():

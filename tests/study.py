@@ -155,6 +155,8 @@ def metrics_of(out, where, split):
     if "uses" in keys:  # diagnostics of the experts: types recovered, pairs ordered rightly
         experts = read_json(out / "experts.json")
         more.update(recovered=experts.get("recovered", math.nan), own=min(map(max, experts["accuracy"].values())))
+    if "preferences" in keys:
+        more["degenerate, closing table"] = read_json(out / file)[keys[0]]["degenerate"]
     if keys[0] != "base" and {"uses", "preferences"} & {*keys}:
         cost = read_json(out / "cost.json")
         more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
@@ -217,13 +219,13 @@ def main():
         lines.setdefault(name.partition(": ")[0] + ": base" if args.study == "pmol" else "base", base)
         lines[name] = over_seeds([metrics_of(runs[flags, seed], where, args.split) for seed in seeds])
     if args.study == "pmol":
-        for key, heading in {"mixing": "Mixing score", "degenerate": "Degenerate answers",
+        for key, heading in {"mixing": "Mixing score", "degenerate, closing table": "Degenerate answers to the prompts of the closing table",
                              "minutes": "CPU minutes of a run", "memory": "Peak memory of a run, GiB"}.items():
             print(f"{heading}, by the number of preferences\n\n{by_count(lines, key)}\n")
         return
     columns = toy.COLUMNS
     if args.study.startswith("moe"):
-        columns = {key: key for key in base if not key.endswith("_se") and key != "degenerate"}
+        columns = {key: key for key in base if not key.endswith("_se") and not key.startswith("degenerate")}
         columns |= {"recovered": "types recovered"} if args.study == "moe" else {}  # of three rewards there are none
         columns |= {"own": "own pairs right", "degenerate": "degenerate"}
     print(markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns))
