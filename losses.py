@@ -270,6 +270,18 @@ def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
     return np.concatenate(orders)
 
 
+def split_step(indices, parts, annotator=None):
+    """The pairs of an optimiser step, in order, in so many forward passes of equal size. annotator (count,): one with a
+    latent expert has all pairs of the step in one pass, so there may be fewer passes, of unequal size."""
+    if annotator is None or parts == 1:
+        return np.split(indices, parts)
+    indices = indices[np.argsort(annotator[indices], kind="stable")]
+    borders = np.flatnonzero(np.diff(annotator[indices])) + 1
+    wanted = np.arange(1, parts) * (len(indices) // parts)
+    cuts = [borders[np.abs(borders - cut).argmin()] for cut in wanted if len(borders)]
+    return np.split(indices, np.unique(cuts).astype(int))
+
+
 # Log-probabilities
 
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time; beyond this, larger chunks are not faster

@@ -27,7 +27,7 @@ from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, 
                       load_checkpoint, mixture_logps, open_metrics, open_run, perturb_experts,
                       pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
                       save_trained, set_routers, trainable_parameters, use_expert)
-from losses import batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair
+from losses import batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair, split_step
 from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash, find_folder,
                    read_config, write_text)
 
@@ -713,7 +713,8 @@ def train(model, encoded, held_out, config, out):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             indices = order.take(range(step * per_step, (step + 1) * per_step), mode="wrap")
-            train_step(model, parameters, optimizer, encoded, np.split(indices, config.grad_accum), config, sums)
+            parts = split_step(indices, config.grad_accum, encoded.labels.get("annotator"))
+            train_step(model, parameters, optimizer, encoded, parts, config, sums)
             tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps
             due = held_out is not None and (last or bool(config.eval_every) and done % config.eval_every == 0)
             if done % config.log_every == 0 or last or due:

@@ -1,0 +1,64 @@
+"""One optimiser step is the same however its pairs are split over forward passes: gradients and metrics, every method."""
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import perturb_experts
+from data import Tokenizer
+from losses import split_step
+
+METHODS = {
+    "sft": (), "dpo": ("--lora_rank", 4), "safedpo": (), "reward": (), "cost": (), "pmol": ("--lora_rank", 4, "--egs_weight", 1),
+    "midpo": ("--init_adapter", "adapter", "--init_adapter", "adapter"), "mix-dpo": ("--lora_rank", 4),
+    "moe-dpo": ("--lora_rank", 4), "moe-dpo weights": ("--objective", "weights"),
+    "spe-dpo": ("--reward_model", "score", "--view", "helpful"),
+    "mix-dpo annotators": ("--lora_rank", 4, "--latent", "annotator", "--annotators", 12)}
+
+
+def step_of(method, parts):
+    """({parameter: gradient}, metrics) of one step of eight pairs in so many forward passes."""
+    config = train.parse_flags(["--method", method.split()[0], *map(str, METHODS[method]), "--device", "cpu"])
+    encoded, _ = train.load_data(config, Tokenizer(train.base_folder(config)))
+    config = train.METHODS[config.method].settle(config, encoded.groups)
+    model = train.load_model(config, train.base_folder(config), encoded.groups)
+    train.METHODS[config.method].prepare(model, encoded, config)
+    if train.METHODS[config.method].reference:
+        encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
+    perturb_experts(model, 0.05, 3)
+    parameters, gradients, sums = train.trainable_parameters(model), {}, {}
+    optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: gradients.update(
+        (name, parameter.grad.clone()) for name, parameter in parameters if parameter.grad is not None))
+    passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"))
+    assert len(passes) == parts
+    train.train_step(model.train(), parameters, optimizer, encoded, passes, replace(config, grad_clip=0.0), sums)
+    return gradients, {name: float(value) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_in_two_passes_is_the_step_in_one(place, method):
+    if method == "midpo":
+        model = train.add_experts(train.Transformer.from_pretrained(train.toy_base(0, "cpu")), ["down_proj"], 4, 8)
+        train.save_trained(perturb_experts(model, 0.1, 1), place)
+    if method == "spe-dpo":
+        train.ScoreModel.from_policy(train.Transformer.from_pretrained(train.toy_base(0, "cpu"))).save_pretrained(
+            place / "score")
+    (whole, metrics), (split, others) = step_of(method, 1), step_of(method, 2)
+    size = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
+    assert whole.keys() == split.keys() and size > 0
+    for name, gradient in whole.items():
+        assert (split[name] - gradient).norm() < 1e-5 * size, name
+    assert others == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("annotators, passes", (
+    ([0, 0, 0, 1, 1, 1, 2, 2], [3, 5]), ([0] * 8, [8]), ([0, 1, 0, 1, 0, 1, 0, 1], [4, 4]), (list(range(8)), [4, 4])))
+def test_an_annotators_pairs_stay_in_one_pass(annotators, passes):
+    numbers = np.array([*annotators, 9, 9])
+    split = split_step(np.arange(8)[::-1], 2, numbers)
+    assert sorted(map(len, split)) == passes and sorted(np.concatenate(split)) == list(range(8))
+    assert not set(numbers[split[0]]) & set(numbers[split[-1]]) or len(split) == 1
+    assert [part.tolist() for part in split_step(np.arange(8), 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
