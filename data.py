@@ -424,11 +424,6 @@ def carry_scores(sources, name):
     return all(name in (next(read_rows(source_files(source)[0]))[0]["scores"] or ()) for source in sources)
 
 
-def annotator_type(group):
-    """A group's name without a number at its end: "warmth 017" is an annotator of the type "warmth"."""
-    return re.sub(r" \d+$", "", group)
-
-
 def flip_labels(comparisons, flip_safety, flip_preference, seed):
     """Flip labels at random, in place: each response's safety flag with probability flip_safety, and which response
     is better with probability flip_preference. Returns a line with their counts.
@@ -788,7 +783,7 @@ def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dt
     rows = (row for row in read_rows([path], counts, skip_bad_rows) if row[1] is not None)  # not those of messages
     for _ in itertools.islice(rows, done):
         pass
-    with open(partial, "a", encoding="utf-8") as file, tqdm(initial=done, desc="scores", unit="row") as bar:
+    with open(partial, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(initial=done, desc="scores", unit="row") as bar:
         while block := list(itertools.islice(rows, BLOCK)):
             texts = [(prompt, response) for _, prompt, responses, *_ in block for response in responses]
             scores = {name: iter(score(*score_model, texts, max_len, batch_size, device))
@@ -811,11 +806,13 @@ def load_scorer(name, template, max_len, batch_size, dtype, device):
         sys.path.insert(0, ".")
         try:
             score_one = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"--reward_model {name}: {first_line(error)}") from None
+            float(score_one("a prompt", "a response"))
+        except Exception as error:  # it is the user's own program
+            raise UserError(f"--reward_model {name}: {type(error).__name__}: {first_line(error)}") from None
         return function, lambda texts: [float(score_one(prompt, response)) for prompt, response in texts]
-    score_model = load_score_model(name, template, dtype, device)
-    return Path(name).name, lambda texts: score(*score_model, texts, max_len, batch_size, device)
+    score_model, path = load_score_model(name, template, dtype, device), Path(name)
+    short = path.parent.name if path.name == "model" else path.name  # out/cost/model is cost
+    return short, lambda texts: score(*score_model, texts, max_len, batch_size, device)
 
 
 def make_pairs(prompts, policy, scorers, out, template=None, samples=4, max_new_tokens=64, temperature=1.0,
@@ -845,6 +842,6 @@ def make_pairs(prompts, policy, scorers, out, template=None, samples=4, max_new_
                                  "scores": {name: [scores[best], scores[worst]]}})
                 counts[name] += scores[best] > scores[worst]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     print(f"{len(prompts)} prompts, {samples} responses each; pairs: "
           + ", ".join(f"{count} {name}" for name, count in counts.items()) + f", in {out}")

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial, reduce
@@ -34,12 +34,12 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 import toy
-from data import (TEMPLATE_NAMES, TEMPLATES, Tokenizer, annotator_type, check_source, get_prompt, load_score_model,
-                  load_scorer, load_sources, make_pairs, parse_line, read_lines, score_file, whole_lines)
+from data import (TEMPLATE_NAMES, TEMPLATES, Tokenizer, check_source, get_prompt, load_score_model,
+                  load_scorer, load_sources, make_pairs, parse_line, read_lines, score_file, source_files, whole_lines)
 from lora_moe import (LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
                       gate_report, is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights,
                       set_routers, use_expert, weights_hash)
-from losses import (Encoded, batches, encode, expert_margins, markdown_table, measured, mixture_diagnostics,
+from losses import (Encoded, annotator_type, batches, encode, expert_margins, longest, markdown_table, measured, mixture_diagnostics, plot,
                     router_table, score, terminal_table, win_rate)
 from model import (DTYPES, Transformer, UserError, content_hash, files_hash, find_folder, first_line, generate,
                    read_json, write_text)
@@ -49,17 +49,18 @@ from model import (DTYPES, Transformer, UserError, content_hash, files_hash, fin
 PROMPT_COLUMNS = ("prompt", "goal", "Behavior")  # of a .csv file: XSTest's, AdvBench's and HarmBench's
 
 
-def read_prompts(name, count=0):
+def read_prompts(name, count=0, seed=0, held_out=0.02):
     """[{"prompt", "label", "chosen"}], each prompt once, the first `count` of them (0: all).
 
     A .txt file has a prompt on each line, a .csv file a column in PROMPT_COLUMNS, rows of a .jsonl file a "prompt",
     text or messages; label is "safe", "unsafe" or None. Another name is a preference source: the prompts that it holds
-    out, with the better response as `chosen`. Raises UserError.
+    out (see `load_comparisons`), with the better response as `chosen`. Raises UserError.
     """
     path, rows, number = Path(name), [], 0
     if path.suffix not in (".txt", ".csv", ".jsonl"):
         check_source(name)
-        rows = [dict(prompt=c.prompt, chosen=c.responses[c.better]) for c in load_sources((name,))[1]]
+        held = load_sources((name,), seed, held_out)[1]
+        rows = [dict(prompt=c.prompt, chosen=c.responses[c.better]) for c in held if c.responses[c.better].strip()]
     elif not path.is_file():
         raise UserError(f"{name}: no such file")
     try:
@@ -69,18 +70,19 @@ def read_prompts(name, count=0):
                 column = next((column for column in PROMPT_COLUMNS if column in (table.fieldnames or ())), None)
                 if column is None:
                     raise UserError(f"no column {', '.join(PROMPT_COLUMNS)}")
-                rows = [dict(row, prompt=row[column]) for row in table]
+                rows = [dict(row, prompt=(row[column] or "").strip()) for row in table]
         for number, line in read_lines(path) if path.suffix in (".txt", ".jsonl") else ():
             row = parse_line(line) if path.suffix == ".jsonl" else {"prompt": line.decode("utf-8").strip()}
             rows.append(dict(prompt=get_prompt(row), label=row.get("label")))
     except (UserError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{name}{f':{number}' if number else ''}: {first_line(error)}") from None
-    unique = {json.dumps(row["prompt"]): {
-        "prompt": row["prompt"], "label": label if (label := row.get("label")) in ("safe", "unsafe") else None,
-        "chosen": row.get("chosen")} for row in rows if row["prompt"]}
-    if not unique:
+    unique = {}
+    for row in rows:
+        label = row["label"] if row.get("label") in ("safe", "unsafe") else None
+        unique.setdefault(json.dumps(row["prompt"]), {"prompt": row["prompt"], "label": label, "chosen": row.get("chosen")})
+    if not {*unique} - {'""'}:
         raise UserError(f"{name}: no prompts")
-    return list(unique.values())[:count or None]
+    return [row for row in unique.values() if row["prompt"]][:count or None]
 
 
 def answer_batches(model, tokenizer, prompts, seed, temperature, top_p=1.0, use="mixture", users="", max_new_tokens=64,
@@ -113,13 +115,14 @@ def kept_answers(model, tokenizer, prompts, folder, args):
     was interrupted goes on where it stopped. The file's name has a hash of all that they depend on."""
     settings = dict(seed=args.seed, temperature=args.temperature, top_p=args.top_p, use=args.use, users=args.users,
                     max_new_tokens=args.max_new_tokens or 512)
-    asked = [row["prompt"] for row in prompts]
-    work = content_hash([], weights_hash(model), tokenizer.chat_template, asked, settings, args.dtype)
+    asked, stops = [row["prompt"] for row in prompts], sorted({*tokenizer.stop_ids, *model.config.eos_ids})
+    tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in asked])
+    work = content_hash([], weights_hash(model), tokens, stops, settings, args.dtype)
     path = Path(folder) / f"answers-{Path(args.prompts).stem}-{work[:12]}.jsonl"
     whole_lines(path)
     rows = {row["number"]: row for row in map(json.loads, path.read_bytes().split(b"\n")[:-1])}
-    with open(path, "a", encoding="utf-8") as file, tqdm(desc="answers", total=len(prompts),
-                                                         initial=len(rows), unit="answer") as bar:
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(
+            desc="answers", total=len(prompts), initial=len(rows), unit="answer") as bar:
         for batch in answer_batches(model, tokenizer, asked, **settings, batch_size=args.batch_size, skip=rows):
             for row in batch:
                 rows[row["number"]] = row
@@ -180,6 +183,7 @@ def merge_static(policy, weights):
         raise UserError("--merge: this run mixes its experts by token or by prompt, which no plain checkpoint does; "
                         "--static 0.5,0.5 merges them at fixed weights")
     if not weights:
+        policy.gate = None  # of a mixture of one expert
         return merge_experts(policy)
     try:
         values = [float(weight) for weight in weights.split(",")]
@@ -201,7 +205,7 @@ def prompt_weights(model, tokenizer, prompts, answers, batch_size=64):
     """Router weights at the last token of each prompt, where the answer begins, and their means over the tokens of each
     answer: two tensors (L, N, slots), float32 on the CPU."""
     rendered = [tokenizer.render(prompt) for prompt in prompts]
-    encoded = encode(tokenizer, rendered, [(text,) for text in answers], 1 << 20)
+    encoded = encode(tokenizer, rendered, [(text,) for text in answers], longest(model))
     parts = []
     for _, batch in batches(encoded, batch_size, next(model.parameters()).device, longest_first=False):
         model(batch.tokens, batch.positions, batch.mask())
@@ -284,7 +288,7 @@ def answer_logps(model, tokenizer, prompts, rows, args):
     ends = sizes.cumsum().reshape(-1, 2)
     flat = np.array([i for before, row in zip(tokens, rows) for i in (*before, *row["ids"])], dtype=np.int32)
     sampled = Encoded(flat, np.concatenate([ends[:, :1] - sizes[:, :1], ends], axis=1))
-    sets = [sampled] + [encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], args.max_len)
+    sets = [sampled] + [encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], longest(model, args.max_len))
                         for _ in range(all(row["chosen"] for row in prompts))]
     logps = np.full((2, len(rows)), math.nan)
     for k in sorted({row["expert"] for row in rows}, key=str) if model.gate is not None else [None]:
@@ -319,8 +323,11 @@ def score_answers(prompts, answers, baseline, args):
         if not folder:
             continue
         score_model = load_score_model(folder, args.score_template, args.dtype, args.device)
-        scores = {name: np.array(score(*score_model, [(p["prompt"], row["answer"]) for p, row in zip(prompts, rows)],
-                                       args.max_len, args.batch_size, args.device)) for name, rows in answers.items()}
+        texts = {(i, row["answer"]): (prompts[i]["prompt"], row["answer"])  # equal answers score alike to the last bit
+                 for rows in answers.values() for i, row in enumerate(rows)}
+        known = dict(zip(texts, score(*score_model, [*texts.values()], args.max_len, args.batch_size, args.device)))
+        scores = {name: np.array([known[i, row["answer"]] for i, row in enumerate(rows)]) for name, rows in answers.items()}
+        score_model = None  # before the next one takes its memory
         zero, ten = (scores[name].mean() for name in args.scale or (baseline, baseline))
         for name, values in scores.items():
             metrics[name] |= measured({"reward": values} if kind == "reward" else
@@ -383,7 +390,9 @@ class Judge:
 
     def __init__(self, url, model):
         self.model, self.counts, self.answers = model, Counter(), False
-        key = os.environ.get("JUDGE_API_KEY") or "none"  # not None, with which the library sends the hub's token
+        key = os.environ.get("JUDGE_API_KEY", "").strip() or "none"  # not None: the library would send the hub's token
+        if not key.isascii():
+            raise UserError("JUDGE_API_KEY: has characters that no key has")
         self.client = InferenceClient(base_url=url, api_key=key, timeout=self.SECONDS)
         self.path = LOGPS_CACHE / f"judge-{content_hash([], url, model)[:12]}.jsonl"
         whole_lines(self.path)
@@ -400,6 +409,8 @@ class Judge:
                 return read_verdict(reply.choices[0].message.content, keys) or "unread"
             except (HTTPError, OSError) as error:  # its text may quote headers: only the status is shown
                 status = getattr(getattr(error, "response", None), "status_code", None)
+                if status is not None and status != 429 and status < 500 and self.answers:
+                    return "failed"  # about this request alone, such as one that is too long
                 if status is not None and status != 429 and status < 500:
                     raise UserError(f"--judge: the server answers with status {status}") from None
                 time.sleep(self.PAUSE * 2 ** attempt)
@@ -414,15 +425,19 @@ class Judge:
         hashes = [content_hash([], text) for text, _ in requests]
         new = {name: request for name, request in zip(hashes, requests) if name not in self.known}
         self.counts.update(requests=len(requests), asked=len(new))
-        with open(self.path, "a", encoding="utf-8") as file, ThreadPoolExecutor(self.AT_ONCE) as pool:
-            found = pool.map(lambda request: self.ask(*request), new.values())
-            for name, verdict in zip(new, tqdm(found, desc="judge", total=len(new), unit="verdict")):
-                if isinstance(verdict, dict):
-                    self.known[name] = verdict
-                    file.write(json.dumps({"request": name, "verdict": verdict}) + "\n")
-                    file.flush()
-                else:
-                    self.counts[verdict] += 1
+        pool = ThreadPoolExecutor(self.AT_ONCE)
+        asked = {pool.submit(self.ask, *request): name for name, request in new.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            try:
+                for one in tqdm(as_completed(asked), desc="judge", total=len(new), unit="verdict"):
+                    if isinstance(verdict := one.result(), dict):
+                        self.known[asked[one]] = verdict
+                        file.write(json.dumps({"request": asked[one], "verdict": verdict}) + "\n")
+                        file.flush()
+                    else:
+                        self.counts[verdict] += 1
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
         return [self.known.get(name) for name in hashes]
 
 
@@ -494,7 +509,11 @@ def answer_with(runs, prompts, args):
                 (prompts[i]["prompt"], answers[run][i]["answer"]) for i in numbers] for kind, numbers in kinds.items()})
         if policy.gate is not None and policy.gate.kind == "user":
             gates[run] = gate_report(policy)
-        members.setdefault((config["base"], *config["init_adapter"]), []).append((run, tokenizer, config))
+        adapters = config["init_adapter"] if len(config["init_adapter"]) == 1 else ()
+        members.setdefault((config["base"], config["template"], *adapters), []).append((run, tokenizer, config))
+        if args.users and run in gates and not any(user.startswith(args.users) for user in gates[run]["users"]):
+            raise UserError(f"--users {args.users}: {run} has no user whose name begins so")
+        policy = None  # before the next one takes its memory
     metrics = {}
     for started in members.values():
         run, tokenizer, config = started[0]
@@ -506,6 +525,7 @@ def answer_with(runs, prompts, args):
         for run, tokenizer, _ in started:
             before = answer_logps(model, tokenizer, prompts, answers[run], args)
             metrics[run], starts[run] = health(prompts, answers[run], logps[run], before), name
+        model = None
     return {name: answers[name] for name in metrics}, metrics, starts, routers, gates
 
 
@@ -513,7 +533,12 @@ def evaluate_answers(runs, args):
     """Answer prompts with runs and what they started from, judge the answers in every way that is asked for, print one
     table, and write it with all settings to --out.md and --out.json."""
     out = Path(args.out or f"out/eval-{Path(args.prompts).stem}")
-    prompts = read_prompts(args.prompts, args.n)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    configs = [read_json(Path(run) / "config.json") for run in runs]
+    splits = {(one["seed"], one["held_out"]) for one in configs if args.prompts in one.get("data", ())}
+    if len(splits) > 1 and not source_files(args.prompts)[1]:
+        raise UserError(f"--prompts {args.prompts}: the runs hold out different prompts of it (--seed, --held_out)")
+    prompts = read_prompts(args.prompts, args.n, *next(iter(splits), ()))
     answers, metrics, starts, routers, gates = answer_with(runs, prompts, args)
     baseline = args.baseline or "start"
     judges = {"rule": "a refusal rule (eval.py: refuses), English only"}
@@ -551,72 +576,6 @@ def evaluate_answers(runs, args):
     write_text(Path(f"{out}.json"), json.dumps(report, indent=2) + "\n")
     if args.plot:
         plot(rows, columns, routers, gates, runs, out)
-
-
-# Pictures
-
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's colours
-FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "reward": "harmlessness",
-             "judged_helpfulness": "judged_harm"}
-
-
-def plot(rows, headings, routers, gates, runs, out):
-    """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method and
-    view joined in their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of {run:
-    `gate_report`} by user; training curves."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        raise UserError("--plot needs the matplotlib package: pip install matplotlib") from None
-
-    def save(figure, name):
-        for kind in ("png", "svg"):
-            figure.savefig(f"{out}-{name}.{kind}", dpi=150)
-        print(f"{out}-{name}.png")
-
-    for x, y in [(x, y) for x, y in FRONTIERS.items() if all(
-            math.isfinite(row.get(key, math.nan)) for key in (x, y) for row in rows.values())][:1]:
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for i, (name, row) in enumerate(rows.items()):
-            axes.errorbar(row[x], row[y], row[f"{y}_se"], row[f"{x}_se"], "os^Dv"[i % 5], color=PALETTE[i % 7],
-                          capsize=3, label=name)
-        for _, sweep in itertools.groupby(runs, lambda run: [read_json(Path(run) / "config.json")[key]
-                                                             for key in ("method", "view")]):
-            axes.plot(*zip(*((rows[run][x], rows[run][y]) for run in sweep)), color="#999999", zorder=0)
-        axes.set(xlabel=headings[x].replace("/", ", "), ylabel=headings[y].replace("/", ", "))
-        axes.legend(fontsize=8)
-        save(figure, "frontier")
-    for run, report in routers.items():
-        kinds = [kind for kind in next(iter(report.values())) if kind != "entropy"]
-        slots = len(next(iter(report.values()))[kinds[0]]["median"])
-        figure, panels = pyplot.subplots(1, slots, figsize=(1 + 2.5 * slots, 3), sharey=True, squeeze=False,
-                                         layout="constrained")
-        for k, axes in enumerate(panels[0]):
-            for i, kind in enumerate(kinds):
-                median, low, high = ([layer[kind][key][k] for layer in report.values()]
-                                     for key in ("median", "q10", "q90"))
-                axes.plot(median, f"-{'os^Dv'[i % 5]}", color=PALETTE[i % 7], label=kind)
-                axes.fill_between(range(len(median)), low, high, color=PALETTE[i % 7], alpha=0.2)
-            axes.set(title=f"expert {k}", xlabel="wrapped layer", ylabel="" if k else "router weight", ylim=(-0.05, 1.05))
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        panels[0][-1].legend(fontsize=8)
-        save(figure, f"routers-{Path(run).name}")
-    for run, gate in gates.items():
-        users = sorted(gate["users"].items())
-        figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-        for k, name in enumerate(gate["experts"]):
-            axes.plot([weights[k] for _, weights in users], "os^Dv"[k % 5], color=PALETTE[k % 7], label=name)
-        axes.set(xlabel=f"users, from {users[0][0]} to {users[-1][0]}", ylabel="gate weight")
-        axes.legend(fontsize=8)
-        save(figure, f"gate-{Path(run).name}")
-    figure, panels = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained")
-    for axes, key in zip(panels, ("loss", "rewards/accuracies", "rewards/margins")):
-        for i, run in enumerate(runs):
-            logged = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-            axes.plot(*zip(*((row["step"], row[key]) for row in logged if key in row)), color=PALETTE[i % 7], label=run)
-        axes.set(xlabel="optimiser step", ylabel=key)
-    panels[0].legend(fontsize=8)
-    save(figure, "training")
 
 
 # Command lines, of this program and of train.py: a flag is declared once, as a field of a dataclass
@@ -672,6 +631,14 @@ def check_values(settings, values):
                      f"must be at most {most}" if most is not None and number > most else "")
             if wrong:
                 raise UserError(f"--{flag.name} {number}: {wrong}")
+
+
+def check_device(device):
+    """Raise UserError if torch has no such device here."""
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: {first_line(error)}") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -789,8 +756,9 @@ def evaluate_runs(runs, args):
             gates[run] = gate_report(policy)
     print(toy.closing_tables(reports))
     if args.plot:
-        rows = {"base": next(iter(reports.values()))["base"]} | {run: report["policy"] for run, report in reports.items()}
-        routers = {run: report["router"] for run, report in reports.items() if "router" in report}
+        shown = dict(zip(runs, reports.values()))
+        rows = {"base": shown[runs[0]]["base"]} | {run: report["policy"] for run, report in shown.items()}
+        routers = {run: report["router"] for run, report in shown.items() if "router" in report}
         plot(rows, toy.COLUMNS, routers, gates, runs, args.out or "out/eval")
 
 
@@ -807,6 +775,17 @@ def write_out(args):
     print(f"{args.merge or args.export}: written to {args.out}")
 
 
+READ = {  # what the program is asked for: the flags that it then reads, besides dtype and device
+    "merge": ("static", "out"), "export": ("out",),
+    "make_pairs": ("n", "out", "model", "samples", "max_new_tokens", "seed", "temperature", "reward_model", "template",
+                   "score_template", "max_len", "batch_size"),
+    "score": ("out", "reward_model", "cost_model", "template", "max_len", "batch_size", "skip_bad_rows"),
+    "prompts": ("n", "out", "max_new_tokens", "seed", "temperature", "top_p", "use", "users", "static", "baseline",
+                "scale", "judge", "judge_model", "judge_dry_run", "plot", "reward_model", "cost_model",
+                "score_template", "max_len", "batch_size"),
+    "": ("split", "temperature", "static", "plot", "out")}  # the toy world's table
+
+
 def main(argv=None):
     parser = Parser(Settings, "eval.py", __doc__.partition("\n")[0], vars(Settings()))
     parser.add_argument("runs", nargs="*", default=[], help="run folders of train.py")
@@ -815,12 +794,17 @@ def main(argv=None):
     if given.pop("help", False):
         return parser.print_help()
     check_values(Settings, given)
-    args = Settings(**given)
+    args, asked = Settings(**given), next((flag for flag in READ if given.get(flag)), "")
+    check_device(args.device)
+    for flag in given.keys() - {asked, "dtype", "device", *READ[asked]}:
+        raise UserError(f"--{flag}: not read " + (f"with --{asked}" if asked else "for the toy world's table"))
     if args.make_pairs:
         if not (args.model and args.reward_model and args.out.endswith(".jsonl")):
             raise UserError("--make_pairs needs --model, --reward_model and --out FILE.jsonl")
         scorers = [load_scorer(name, args.score_template, args.max_len, args.batch_size, args.dtype, args.device)
                    for name in source_names(args.reward_model)]
+        if len({name for name, _ in scorers}) < len(scorers):
+            raise UserError(f"--reward_model {args.reward_model}: two of them have the same name")
         prompts = [row["prompt"] for row in read_prompts(args.make_pairs, args.n)]
         make_pairs(prompts, args.model, scorers, args.out, args.template, args.samples, args.max_new_tokens or 64,
                    args.temperature, args.batch_size, args.dtype, args.device, args.seed)
@@ -835,6 +819,10 @@ def main(argv=None):
     elif runs and args.prompts:
         if bool(args.judge) != bool(args.judge_model):
             raise UserError("--judge and --judge_model go together")
+        if args.judge and not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?", args.judge):
+            raise UserError("--judge: expected an address as http://localhost:8000/v1, without a key in it")
+        if "start" in runs:
+            raise UserError("a run folder cannot be called start, which is a row of the table")
         unknown = {args.baseline or "start", *args.scale} - {"start", *runs}
         if unknown or len(args.scale) not in (0, 2):
             raise UserError(f"--baseline names one row of the table and --scale two, of: start, {', '.join(runs)}"
@@ -843,7 +831,7 @@ def main(argv=None):
     elif runs:
         evaluate_runs(runs, args)
     else:
-        raise UserError("name the run folders to evaluate, or a file to --score")
+        raise UserError("name the run folders to evaluate, or a file to --score; --help shows what else there is")
 
 
 if __name__ == "__main__":

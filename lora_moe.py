@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from losses import batches, encode, response_logps, sequence_logps
+from losses import batches, encode, longest, response_logps, sequence_logps
 from model import (ScoreModel, Transformer, UserError, atomic_file, atomic_folder, first_line, read_json, read_tensors,
                    stored_name, write_text)
 
@@ -417,7 +417,7 @@ def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
     numbers = [i for i, name in enumerate(model.gate.spec["groups"]) if users and name.startswith(users)] or [-1]
     device, pooled = model.gate.bias.device, None
     if model.gate.kind == "prompt":
-        encoded = encode(tokenizer, prompts, [("",)] * len(prompts), max_len=1 << 20)
+        encoded = encode(tokenizer, prompts, [("",)] * len(prompts), longest(model))
         pooled = torch.from_numpy(pooled_states(model, encoded)).to(device)
     user = torch.tensor([numbers[i % len(numbers)] for i in range(len(prompts))], device=device)
     with torch.no_grad():
@@ -432,12 +432,13 @@ LOGPS_BATCH = 32  # pairs; not --batch_size, as how a batch is packed changes th
 
 
 def weights_hash(model):
-    """Hash of a model's weights, and of which experts are in use; of the base's alone where they are disabled."""
-    digest = hashlib.blake2b(digest_size=16)
-    routers = {name: layer.router for name, layer in expert_layers(model) if layer.enabled}
-    chosen = {name: router.weights for name, router in routers.items() if isinstance(router, ConstantRouter)}
+    """Hash of a model's settings, weights, and experts in use; of the base alone where they are disabled."""
+    layers = {name: layer for name, layer in expert_layers(model) if layer.enabled}
+    chosen = {name: one.router.weights for name, one in layers.items() if isinstance(one.router, ConstantRouter)}
+    settings = [(one.scale, {**one.router.spec, "weights": None}) for one in layers.values()]
+    digest = hashlib.blake2b(repr((model.config, settings)).encode(), digest_size=16)
     for name, tensor in (*model.state_dict().items(), *chosen.items()):
-        if routers or not is_mixture(name):
+        if layers or not is_mixture(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -728,7 +729,7 @@ def export_experts(model, folder, template=None):
 
 
 # A run folder: config.json, metrics.jsonl, checkpoint/, and what was trained. A run that finds a finished one, or a
-# checkpoint, works in new/ and takes its place when it is finished itself.
+# checkpoint, works in .new/ and takes its place when it is finished itself.
 
 WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
 RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt", "answers*.jsonl",
@@ -742,13 +743,13 @@ def read_settings(out):
 
 
 def open_run(out, settings, free, resume):
-    """The folder to work in, made, with config.json: out, or out/new; None if the run is finished and resumed.
+    """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished and resumed.
 
     settings: for config.json; free: names of those that may change when a run is resumed. Raises UserError when the
     folder cannot be written, or a run is resumed with other settings.
     """
     finish_move(out)
-    for folder in (out / "new", out) if resume else ():
+    for folder in (out / ".new", out) if resume else ():
         before = read_settings(folder)
         if before.get("finished") or (folder / "checkpoint").is_dir():
             for name in settings.keys() - free:
@@ -756,7 +757,7 @@ def open_run(out, settings, free, resume):
                     raise UserError(f"--resume: the run in {folder} has {name} = {before.get(name)}, "
                                     f"not {settings[name]}")
             return None if before.get("finished") else folder
-    work = out / "new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
+    work = out / ".new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
     try:
         work.mkdir(parents=True, exist_ok=True)
         for path in run_files(work):
@@ -772,17 +773,17 @@ def run_files(folder):
 
 
 def close_run(out, work):
-    """Mark a run as finished, and move it from out/new to its place."""
+    """Mark a run as finished, and move it from out/.new to its place."""
     write_text(work / "config.json", json.dumps({**read_settings(work), "finished": True}, indent=2) + "\n")
     shutil.rmtree(work / "checkpoint", ignore_errors=True)
     if work != out:
-        work.rename(out / "done")
+        work.rename(out / ".done")
         finish_move(out)
 
 
 def finish_move(out):
-    """Put out/done in the place of the earlier run; goes on wherever a kill interrupted it."""
-    done, partial, old = out / "done", out / "old.partial", out / "old"
+    """Put out/.done in the place of the earlier run; goes on wherever a kill interrupted it."""
+    done, partial, old = out / ".done", out / ".old.partial", out / ".old"
     if done.is_dir() and not old.is_dir():
         partial.mkdir(exist_ok=True)
         for path in run_files(out):

@@ -10,12 +10,15 @@ Letters in shape comments: N pairs, R responses per prompt, B rows, T tokens per
 D width, V vocabulary.
 """
 import itertools
+import json
 import math
+import re
 from array import array
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import DTYPES, UserError
+from model import DTYPES, UserError, read_json
 
 # Token ids, and packed batches of them
 
@@ -312,6 +315,11 @@ def policy_logps(model, batch):
     return sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
 
 
+def longest(model, tokens=1 << 20):
+    """The smaller of this many tokens and the positions that a model with learned ones has."""
+    return min(tokens, model.config.max_positions) if model.config.learned_positions else tokens
+
+
 @torch.no_grad()
 def response_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
     """log π(y|x) of every response of an encoded set: (N, R) float32 on the CPU, in nats."""
@@ -327,8 +335,10 @@ def response_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
 @torch.no_grad()
 def score(model, tokenizer, texts, max_len=2048, batch_size=16, device="cpu"):
     """Scores of [(prompt, response)], a list of floats, read at the EOS that ends each response."""
+    if not texts:
+        return []
     prompts = [tokenizer.render(prompt) for prompt, _ in texts]
-    encoded = encode(tokenizer, prompts, [(response,) for _, response in texts], max_len)
+    encoded = encode(tokenizer, prompts, [(response,) for _, response in texts], longest(model, max_len))
     scores = np.empty(len(texts))
     for indices, batch in batches(encoded, batch_size, device):
         scores[indices] = model(batch.tokens, batch.last[:, 0], batch.positions, batch.mask()).cpu()
@@ -447,6 +457,11 @@ def expert_margins(forward, model, encoded, beta, batch_size, dtype="float32"):
     return torch.cat(margins), torch.cat(log_gates)
 
 
+def annotator_type(group):
+    """A group's name without a number at its end: "warmth 017" is an annotator of the type "warmth"."""
+    return re.sub(r" \d+$", "", group)
+
+
 def mixture_diagnostics(margins, log_gate, group, types):
     """How the experts of a mixture share the pairs: (report, warnings), a warning for each way of not specialising.
 
@@ -531,7 +546,7 @@ def sft_loss(logps, lengths):
     return loss, {"perplexity": loss.detach().exp(), "logps/chosen": logps.detach().mean()}
 
 
-# Means with their errors, and tables of them
+# Means with their errors, tables and pictures of them
 
 
 def mean_and_error(values):
@@ -556,7 +571,8 @@ def win_rate(outcomes, seed=0):
         return math.nan, math.nan
     draws = np.random.default_rng(seed).choice(outcomes, (1000, len(outcomes)))
     wins, losses = (draws > 0).sum(1), (draws < 0).sum(1)
-    return float((outcomes > 0).sum() / (outcomes != 0).sum()), float(np.nanstd(wins / np.maximum(1, wins + losses)))
+    rates = wins / np.where(wins + losses > 0, wins + losses, math.nan)
+    return float((outcomes > 0).sum() / (outcomes != 0).sum()), float(np.nanstd(rates))
 
 
 def markdown_table(rows, columns, better=()):
@@ -620,3 +636,67 @@ def router_table(report):
         cells.append([layer, *(f"{at:.3f}" if kind == "entropy" else " ".join(f"{weight:.3f}" for weight in at["median"])
                                for kind, at in kinds.items())])
     return aligned(cells)
+
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's colours
+FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "reward": "harmlessness",
+             "judged_helpfulness": "judged_harm"}
+
+
+def plot(rows, headings, routers, gates, runs, out):
+    """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method and
+    view joined in their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of {run:
+    `gate_report`} by user; training curves."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("--plot needs the matplotlib package: pip install matplotlib") from None
+
+    def save(figure, name):
+        for kind in ("png", "svg"):
+            figure.savefig(f"{out}-{name}.{kind}", dpi=150)
+        print(f"{out}-{name}.png")
+
+    for x, y in [(x, y) for x, y in FRONTIERS.items() if all(
+            math.isfinite(row.get(key, math.nan)) for key in (x, y) for row in rows.values())][:1]:
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        for i, (name, row) in enumerate(rows.items()):
+            axes.errorbar(row[x], row[y], row[f"{y}_se"], row[f"{x}_se"], "os^Dv"[i % 5], color=PALETTE[i % 7],
+                          capsize=3, label=name)
+        for _, sweep in itertools.groupby(runs, lambda run: [read_json(Path(run) / "config.json")[key]
+                                                             for key in ("method", "view")]):
+            axes.plot(*zip(*((rows[run][x], rows[run][y]) for run in sweep)), color="#999999", zorder=0)
+        axes.set(xlabel=headings[x].replace("/", ", "), ylabel=headings[y].replace("/", ", "))
+        axes.legend(fontsize=8)
+        save(figure, "frontier")
+    for run, report in routers.items():
+        kinds = [kind for kind in next(iter(report.values())) if kind != "entropy"]
+        slots = len(next(iter(report.values()))[kinds[0]]["median"])
+        figure, panels = pyplot.subplots(1, slots, figsize=(1 + 2.5 * slots, 3), sharey=True, squeeze=False,
+                                         layout="constrained")
+        for k, axes in enumerate(panels[0]):
+            for i, kind in enumerate(kinds):
+                median, low, high = ([layer[kind][key][k] for layer in report.values()]
+                                     for key in ("median", "q10", "q90"))
+                axes.plot(median, f"-{'os^Dv'[i % 5]}", color=PALETTE[i % 7], label=kind)
+                axes.fill_between(range(len(median)), low, high, color=PALETTE[i % 7], alpha=0.2)
+            axes.set(title=f"expert {k}", xlabel="wrapped layer", ylabel="" if k else "router weight", ylim=(-0.05, 1.05))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        panels[0][-1].legend(fontsize=8)
+        save(figure, f"routers-{Path(run).name}")
+    for run, gate in gates.items():
+        users = sorted(gate["users"].items())
+        figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
+        for k, name in enumerate(gate["experts"]):
+            axes.plot([weights[k] for _, weights in users], "os^Dv"[k % 5], color=PALETTE[k % 7], label=name)
+        axes.set(xlabel=f"users, from {users[0][0]} to {users[-1][0]}", ylabel="gate weight")
+        axes.legend(fontsize=8)
+        save(figure, f"gate-{Path(run).name}")
+    figure, panels = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained")
+    for axes, key in zip(panels, ("loss", "rewards/accuracies", "rewards/margins")):
+        for i, run in enumerate(runs):
+            logged = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
+            axes.plot(*zip(*((row["step"], row[key]) for row in logged if key in row)), color=PALETTE[i % 7], label=run)
+        axes.set(xlabel="optimiser step", ylabel=key)
+    panels[0].legend(fontsize=8)
+    save(figure, "training")

@@ -18,16 +18,17 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, add_margins, annotator_type, apply_view,
-                  carry_scores, check_source, flip_labels, load_sources, require)
-from eval import (Parser, as_command, check_values, evaluate_run, load_start, mixture_report, numbers, setting,
-                  source_names, stop_signals, weighted_names)
+from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, add_margins, apply_view, carry_scores,
+                  check_source, flip_labels, load_sources, require)
+from eval import (Parser, as_command, check_device, check_values, evaluate_run, load_start, mixture_report, numbers,
+                  setting, source_names, stop_signals, weighted_names)
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, close_run, count_experts,
                       disable_experts, expert_layers, freeze_experts, gate_weights, is_router, load_adapter,
                       load_checkpoint, mixture_logps, open_metrics, open_run, perturb_experts,
                       pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
                       save_trained, set_routers, trainable_parameters, use_expert)
-from losses import batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair, split_step
+from losses import (annotator_type, batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair,
+                    split_step)
 from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash, find_folder,
                    read_config, write_text)
 
@@ -465,10 +466,7 @@ def resolve(given, inherited=None):
     check_inputs(values, given)
     config = Config(**values)
     method.check(config)
-    try:
-        torch.empty(1, device=config.device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {config.device}: {str(error).splitlines()[0]}") from None
+    check_device(config.device)
     return config
 
 

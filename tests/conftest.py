@@ -243,10 +243,10 @@ def make_small(patch):
     patch.setattr(toy, "eval_prompts", lambda split, seed: eval_prompts(split, seed)[::17])
 
 
-def shorten_answers(patch):
-    """Answers have 4 tokens."""
+def shorten_answers(patch, tokens):
+    """Answers have this many tokens at most."""
     patch.setattr(eval_file, "generate", lambda model, prompts, count, *rest, **named:
-                  generate(model, prompts, min(count, 4), *rest, **named))
+                  generate(model, prompts, min(count, tokens), *rest, **named))
 
 
 @pytest.fixture(scope="session")
@@ -267,13 +267,14 @@ def place(bases, tmp_path, monkeypatch):
     shutil.copytree(bases / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     make_small(monkeypatch)
+    shorten_answers(monkeypatch, 16)
     return tmp_path
 
 
 @pytest.fixture
 def quick(place, monkeypatch):
-    """`place` with short answers to still fewer prompts."""
-    shorten_answers(monkeypatch)
+    """`place` with still shorter answers to fewer prompts."""
+    shorten_answers(monkeypatch, 4)
     monkeypatch.setattr(toy, "eval_prompts", lambda split, seed: eval_prompts(split, seed)[::51])
     monkeypatch.setattr(toy, "preference_sample", lambda names, split, seed: preference_sample(tuple(names), split,
                                                                                                seed, 5))

@@ -6,16 +6,18 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 import eval as eval_file
 import toy
-from conftest import BASE, LAYOUTS, json_lines, line_of, logp_alone, run, score_alone, small_pairs, write_rows
-from data import Tokenizer
+from conftest import (BASE, LAYOUTS, edit_json, json_lines, line_of, logp_alone, run, score_alone, small_pairs, tiny,
+                      write_rows)
+from data import Tokenizer, load_sources
 from eval import read_prompts
 from lora_moe import expert_layers, use_expert
-from losses import markdown_table
-from model import Transformer, read_json
+from losses import longest, markdown_table, win_rate
+from model import ScoreModel, Transformer, read_json
 
 # Prompts
 
@@ -334,3 +336,90 @@ def test_a_mistaken_flag_is_named_before_anything_is_answered(policy, monkeypatc
 def test_a_run_on_a_model_of_ones_own_asks_for_prompts(asked):
     out = run("own", "--method", "dpo", "--model", BASE, "--lora_rank", 4, "--max_steps", 1)
     assert "--prompts" in line_of(eval_file.main, [str(out), "--device", "cpu"])
+
+
+# What a reader of the code found
+
+
+def test_a_source_is_held_out_as_the_run_held_it_out(quick):
+    write_rows("pairs.jsonl", *({"prompt": f"How do I bake bread? {i}", "chosen": "Sure.", "rejected": "No."}
+                                for i in range(60)))
+    Path("folder").mkdir()
+    Path("pairs.jsonl").rename("folder/rows.jsonl")
+    flags = ("--method", "dpo", "--model", BASE, "--data", "folder", "--lora_rank", 4, "--max_steps", 1, "--held_out", 0.2)
+    first, second = (str(run(f"seed{seed}", *flags, "--seed", seed)) for seed in (0, 1))
+    asked = {}
+    for out, seed in ((first, 0), (second, 1)):
+        eval_file.main([out, "--prompts", "folder", *map(str, FLAGS)])
+        asked[out] = {row["prompt"] for row in kept(out)}
+        assert asked[out] == {c.prompt for c in load_sources(("folder",), seed, 0.2)[1]}
+    assert asked[first] != asked[second]
+    assert "--seed" in line_of(eval_file.main, [first, second, "--prompts", "folder", *map(str, FLAGS)])
+
+
+def test_an_adapter_at_another_scale_answers_anew(policy):
+    row = evaluate(policy)["rows"][policy]
+    config = Path(policy) / "adapter/adapter_config.json"
+    edit_json(config, lora_alpha=0.001)
+    assert abs(evaluate(policy)["rows"][policy]["kl"]) < 1e-3 * row["kl"]
+    assert len([*Path(policy).glob("answers-*.jsonl")]) == 2
+
+
+def test_equal_answers_are_ties_and_few_wins_have_a_small_sample(policy):
+    reward = str(run("reward", "--method", "reward", "--max_steps", 4) / "model")
+    same = str(run("same", "--method", "dpo", "--init_adapter", f"{policy}/adapter", "--max_steps", 1, "--lr", 1e-12))
+    row = evaluate(same, "--reward_model", reward, "--batch_size", 3)["rows"][same]
+    assert row.get("wins_reward") is None, "every answer is the start's"
+    assert win_rate([1, 1] + [0] * 98) == (1.0, 0.0)
+
+
+def test_texts_longer_than_a_models_positions_are_cut(tmp_path):
+    model = ScoreModel.from_policy(tiny("gpt2"))
+    words = tokenizers.models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, "<unk>")
+    backend = tokenizers.Tokenizer(words)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    tokenizer = Tokenizer(tmp_path, "plain")
+    assert longest(model) == 64 and longest(tiny("llama"), 512) == 512 and longest(model, 8) == 8
+    assert len(eval_file.score(model, tokenizer, [("a " * 99, "a " * 99)])) == 1
+    assert eval_file.score(model, tokenizer, []) == []
+
+
+def test_runs_with_other_templates_have_a_start_each(asked):
+    outs = [str(run(name, "--method", "dpo", "--lora_rank", 4, "--max_steps", 1, "--template", name))
+            for name in ("plain", "raw")]
+    assert list(evaluate(*outs)["rows"]) == ["start", outs[0], f"start of {outs[1]}", outs[1]]
+
+
+def test_a_mixture_of_one_expert_is_merged_without_its_gate(asked):
+    out = run("one", "--method", "mix-dpo", "--experts", 1, "--lora_rank", 4, "--max_steps", 2)
+    eval_file.main(["--merge", str(out), "--out", "merged", "--device", "cpu"])
+    assert Transformer.from_pretrained("merged")
+
+
+@pytest.mark.parametrize("flags, parts", (
+    (("--judge", "localhost:8000/v1", "--judge_model", "m"), ("--judge", "http://")),
+    (("--judge", "http://user:secret@host/v1", "--judge_model", "m"), ("--judge",)),
+    (("--judge", "http://host/v1?key=secret", "--judge_model", "m"), ("--judge",)),
+    (("--split", "dev"), ("--split", "--prompts")), (("--samples", 3), ("--samples",)),
+    (("--device", "nowhere"), ("--device nowhere",))))
+def test_flags_that_mislead_are_refused(policy, flags, parts):
+    message = line_of(eval_file.main, [policy, "--prompts", "asked.jsonl", *map(str, flags)])
+    assert all(part in message for part in parts) and "secret" not in message
+
+
+def test_toy_tables_do_not_read_the_flags_of_other_prompts(policy):
+    assert "--top_p" in line_of(eval_file.main, [policy, "--top_p", "0.5", "--device", "cpu"])
+
+
+def test_a_table_may_be_written_into_a_new_folder(policy):
+    eval_file.main([policy, "--prompts", "asked.jsonl", *map(str, FLAGS), "--out", "new/folder/table"])
+    assert Path("new/folder/table.md").is_file() and Path("new/folder/table.json").is_file()
+
+
+def test_text_that_is_no_unicode_is_kept_as_it_was_written(quick):
+    policy = str(run("dpo", "--method", "dpo", "--lora_rank", 4, "--max_steps", 1))
+    Path("asked.jsonl").write_text('{"prompt": [{"role": "user", "content": "Why?", "note": "x\\ud83d"}]}\n')
+    evaluate(policy)
+    assert kept(policy)[0]["prompt"][0]["note"] == "x\ud83d"

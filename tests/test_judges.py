@@ -200,6 +200,18 @@ def test_a_request_fails_after_some_tries_and_is_asked_again_another_time(judge)
     assert one.counts["failed"] == 2 and len(json_lines(one.path)) == 1
 
 
+def test_a_slow_request_that_fails_costs_no_other_verdict(judge):
+    def behave(number, body):
+        if body["messages"][0]["content"] == "request 0":
+            threading.Event().wait(0.3)
+            return 400, b"too long"
+        return 200, completion('{"better": "A"}')
+
+    one, server = judge(behave)
+    assert one.ask_all(REQUESTS) == [None] + [{"better": "A"}] * 4 and one.counts["failed"] == 1
+    assert len(json_lines(one.path)) == 4
+
+
 def test_a_server_that_never_answers_ends_in_one_line(judge):
     one, server = judge(lambda number, body: (500, KEY.encode()))
     message = line_of(one.ask_all, REQUESTS)

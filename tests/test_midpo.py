@@ -27,7 +27,7 @@ ADAPTERS = "out/run/safety/adapter,out/run/helpful/adapter"
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    shorten_answers(monkeypatch)
+    shorten_answers(monkeypatch, 4)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def finished(bases, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_small(patch)
-        shorten_answers(patch)
+        shorten_answers(patch, 4)
         run("run", *FLAGS)
     return folder
 

@@ -78,11 +78,11 @@ def test_a_new_run_leaves_the_old_one_alone_until_it_is_finished(quick, monkeypa
         interrupted(monkeypatch, 1, *FLAGS)
     before = files_of(Path("out/run"))
     interrupted(monkeypatch, 2, *FLAGS, "--delta", 3)
-    new = {path: text for path, text in files_of(Path("out/run")).items() if path.parts[0] != "new"}
-    assert new == before and Path("out/run/new/checkpoint").is_dir()
+    new = {path: text for path, text in files_of(Path("out/run")).items() if path.parts[0] != ".new"}
+    assert new == before and Path("out/run/.new/checkpoint").is_dir()
     out = run("run", *FLAGS, "--delta", 3, "--resume")
     assert read_json(out / "config.json")["delta"] == 3
-    assert not (out / "new").exists() and not (out / "checkpoint").exists()
+    assert not (out / ".new").exists() and not (out / "checkpoint").exists()
     assert files_of(out) == files_of(run("fresh", *FLAGS, "--delta", 3))
 
 
@@ -110,7 +110,7 @@ def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
     for stop in range(40):
         shutil.rmtree("out/run", ignore_errors=True)
         shutil.copytree("out/old", "out/run")
-        shutil.copytree("out/new", "out/run/new")
+        shutil.copytree("out/new", "out/run/.new")
         calls = iter(range(stop))
 
         def killing(self, target, rename=Path.rename):
@@ -122,12 +122,12 @@ def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
             patch.setattr(Path, "rmdir", lambda self, remove=Path.rmdir:
                           killing(self, None, lambda path, _: remove(path)))
             try:
-                lora_moe.close_run(Path("out/run"), Path("out/run/new"))
+                lora_moe.close_run(Path("out/run"), Path("out/run/.new"))
                 whole = True
             except Killed:
                 whole = False
         lora_moe.finish_move(Path("out/run"))
-        shutil.rmtree("out/run/new", ignore_errors=True)  # not yet moved: the old run is still there
+        shutil.rmtree("out/run/.new", ignore_errors=True)  # not yet moved: the old run is still there
         assert files_of(Path("out/run")) in (old, new)
         outcomes.add(files_of(Path("out/run")) == new)
         if whole:
@@ -184,3 +184,12 @@ def test_reference_log_probs_are_shared_by_runs_that_need_the_same(quick, monkey
     assert len(computed) == 2  # training and held-out pairs, once
     run("d", *FLAGS, "--view", "helpful")
     assert len(computed) == 4
+
+
+def test_folders_of_ones_own_in_the_run_folder_stay(quick):
+    for name in ("old", "done", "new"):
+        Path(f"out/run/{name}").mkdir(parents=True)
+        Path(f"out/run/{name}/notes.txt").write_text("mine")
+    for flags in ((), ("--delta", 3), ("--delta", 3, "--resume")):
+        run("run", *FLAGS, *flags)
+    assert all(Path(f"out/run/{name}/notes.txt").read_text() == "mine" for name in ("old", "done", "new"))

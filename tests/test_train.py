@@ -384,7 +384,7 @@ def test_weight_decay_shrinks_matrices_and_spares_vectors(place):
         assert torch.allclose(plain[name] - shrunk[name], expected, rtol=1e-3, atol=1e-7), name
 
 
-def test_routers_and_gates_learn_at_router_lr_times_the_rate(place):
+def test_routers_and_gates_learn_at_router_lr_times_the_rate(quick):
     """Adam's first step is lr · sign(gradient), whatever the gradient's size."""
     flags = ("--method", "mix-dpo", "--lora_rank", 2, "--expert_noise", 0.3, "--weight_decay", 0, "--annotators", 6,
              "--max_steps", 1, "--lr", 1e-4, "--router_lr", 30)
