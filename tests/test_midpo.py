@@ -25,11 +25,6 @@ FLAGS = ("--method", "midpo", "--max_steps", 4, "--log_every", 1, "--batch_size"
 ADAPTERS = "out/run/safety/adapter,out/run/helpful/adapter"
 
 
-@pytest.fixture(autouse=True)
-def short_answers(monkeypatch):
-    shorten_answers(monkeypatch, 4)
-
-
 @pytest.fixture(scope="module")
 def finished(bases, tmp_path_factory):
     """A folder in which out/run is a whole run of MidPO."""
@@ -38,7 +33,7 @@ def finished(bases, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_small(patch)
-        shorten_answers(patch, 4)
+        shorten_answers(patch, 16)
         run("run", *FLAGS)
     return folder
 

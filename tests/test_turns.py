@@ -6,7 +6,7 @@ import tokenizers
 
 import eval as eval_file
 import losses
-from conftest import write_rows
+from conftest import tiny, write_rows
 from data import Pair, Tokenizer, apply_view, encode_pairs, load_sources
 from losses import show_pair
 
@@ -115,7 +115,7 @@ def test_scores_are_of_the_joint_text(tmp_path, monkeypatch):
         seen.append(encoded.tokens.tolist())
         return []
     monkeypatch.setattr(losses, "batches", batches)
-    losses.score(None, tokenizer, [("Hi", "Sure.")])
+    losses.score(tiny("llama"), tokenizer, [("Hi", "Sure.")])
     assert seen == [tokenizer.encode(["Hi ASSISTANT:Sure."])[0] + [tokenizer.eos_id]]
 
 
