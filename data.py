@@ -783,7 +783,8 @@ def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dt
     rows = (row for row in read_rows([path], counts, skip_bad_rows) if row[1] is not None)  # not those of messages
     for _ in itertools.islice(rows, done):
         pass
-    with open(partial, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(initial=done, desc="scores", unit="row") as bar:
+    with open(partial, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(
+            initial=done, desc="scores", unit="row") as bar:
         while block := list(itertools.islice(rows, BLOCK)):
             texts = [(prompt, response) for _, prompt, responses, *_ in block for response in responses]
             scores = {name: iter(score(*score_model, texts, max_len, batch_size, device))

@@ -406,8 +406,8 @@ def pooled_states(model, encoded, batch_size=64):
 def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
     """The expert that answers each rendered prompt, (N,).
 
-    use: "mixture" draws it from the gate's w(x), once for each prompt; "sparse" takes the one with the largest w; a
-    number names it. Raises UserError for any other. users: for a user gate, cycle through users with this name prefix; if empty, use the average user.
+    use: "mixture" draws it from the gate's w(x), "sparse" takes the one with the largest w, a number names it; UserError
+    for any other. users: for a user gate, cycle through users with this name prefix; if empty, use the average user.
     """
     K = len(model.gate.bias)
     if use not in ("mixture", "sparse", *map(str, range(K))):
@@ -732,8 +732,8 @@ def export_experts(model, folder, template=None):
 # checkpoint, works in .new/ and takes its place when it is finished itself.
 
 WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
-RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt", "answers*.jsonl",
-             "checkpoint", *WEIGHT_FOLDERS)
+RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt",
+             "answers*.jsonl", "checkpoint", *WEIGHT_FOLDERS)
 
 
 def read_settings(out):

@@ -1,10 +1,10 @@
 """From token ids to losses: packed batches, log-probabilities, and the preference losses as pure functions of them.
 
 `encode` tokenises prompts with their responses; both responses to a prompt share one copy of it in a packed row
-(`Encoded`, `pack`, `Batch`); `sequence_logps` gives log π(y|x) of every response. Every loss takes tensors of shape (N,), one entry per pair, in nats, float32, and returns
-(mean loss, metrics): metrics is a dict of detached means under the names that TRL logs. With the implicit reward
-r(x, y) = beta · (log π(y|x) − log π_ref(y|x)), DPO, SafeDPO and SPE-DPO are −log σ(r_chosen − r_rejected − offset)
-and differ in the offset alone.
+(`Encoded`, `pack`, `Batch`); `sequence_logps` gives log π(y|x) of every response. Every loss takes tensors of shape
+(N,), one entry per pair, in nats, float32, and returns (mean loss, metrics): metrics is a dict of detached means under
+the names that TRL logs. With the implicit reward r(x, y) = beta · (log π(y|x) − log π_ref(y|x)), DPO, SafeDPO and
+SPE-DPO are −log σ(r_chosen − r_rejected − offset) and differ in the offset alone.
 
 Letters in shape comments: N pairs, R responses per prompt, B rows, T tokens per row, M response tokens in the batch,
 D width, V vocabulary.
@@ -54,10 +54,10 @@ class Encoded:
 
     def counts(self, indices):
         """Units that losses are means over: pairs, their tokens, response tokens, and tokens of pairs with a group."""
-        bounds, grouped = self.bounds[indices], self.labels.get("group", np.full(len(self), -1))[indices] >= 0
+        bounds, group = self.bounds[indices], self.labels.get("group")
         tokens = bounds[:, -1] - bounds[:, 0]
         return {"pairs": len(bounds), "tokens": tokens.sum(), "responses": (bounds[:, -1] - bounds[:, 1]).sum(),
-                "grouped": tokens[grouped].sum()}
+                "grouped": 0 if group is None else tokens[group[indices] >= 0].sum()}
 
 
 CHUNK = 2048  # prompts that are tokenised at a time: enough for all cores, little memory
@@ -633,7 +633,7 @@ def router_table(report):
     """The medians of `router_report` for a terminal: the weight of each slot by layer and kind of prompt."""
     cells = [["router weights", *next(iter(report.values()))]]
     for layer, kinds in report.items():
-        cells.append([layer, *(f"{at:.3f}" if kind == "entropy" else " ".join(f"{weight:.3f}" for weight in at["median"])
+        cells.append([layer, *(" ".join(f"{weight:.3f}" for weight in ([at] if kind == "entropy" else at["median"]))
                                for kind, at in kinds.items())])
     return aligned(cells)
 
@@ -645,8 +645,8 @@ FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "
 
 def plot(rows, headings, routers, gates, runs, out):
     """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method and
-    view joined in their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of {run:
-    `gate_report`} by user; training curves."""
+    view joined in their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of
+    {run: `gate_report`} by user; training curves."""
     try:
         from matplotlib import pyplot
     except ImportError:
@@ -680,7 +680,8 @@ def plot(rows, headings, routers, gates, runs, out):
                                      for key in ("median", "q10", "q90"))
                 axes.plot(median, f"-{'os^Dv'[i % 5]}", color=PALETTE[i % 7], label=kind)
                 axes.fill_between(range(len(median)), low, high, color=PALETTE[i % 7], alpha=0.2)
-            axes.set(title=f"expert {k}", xlabel="wrapped layer", ylabel="" if k else "router weight", ylim=(-0.05, 1.05))
+            axes.set(title=f"expert {k}", xlabel="wrapped layer", ylim=(-0.05, 1.05))
+            axes.set_ylabel("" if k else "router weight")
             axes.xaxis.get_major_locator().set_params(integer=True)
         panels[0][-1].legend(fontsize=8)
         save(figure, f"routers-{Path(run).name}")

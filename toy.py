@@ -19,7 +19,7 @@ from functools import cache, partial
 import tokenizers
 
 from data import Comparison, Tokenizer
-from losses import encode, mean_and_error, router_table, terminal_table
+from losses import encode, mean_and_error, measured, router_table, terminal_table
 from model import ModelConfig, Transformer, content_hash, write_text
 
 PLAIN = """bake: bread, a cake, a pie, some cookies | paint: a wall, a fence, a door, a chair | plant: a tree, some roses,
@@ -459,11 +459,9 @@ def evaluate(answers, split, seed):
     prompts = eval_prompts(split, seed)
     texts = answers([prompt.text for prompt in prompts])
     judged = [(prompt, text, oracle(prompt, text, ended)) for prompt, (text, ended) in zip(prompts, texts)]
-    metrics = {"n": len(judged)}
-    for name, (_, counts, value) in METRICS.items():
-        values = [float(value(verdict)) for prompt, _, verdict in judged if counts(prompt)]
-        metrics[name], metrics[f"{name}_se"] = mean_and_error(values)
-    return metrics, judged
+    metrics = measured({name: [value(verdict) for prompt, _, verdict in judged if counts(prompt)]
+                        for name, (_, counts, value) in METRICS.items()})
+    return {"n": len(judged), **metrics}, judged
 
 
 def evaluate_preferences(answers, names, split, seed):
