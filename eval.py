@@ -41,8 +41,8 @@ from lora_moe import (LOGPS_CACHE, cached_logps, choose_experts, count_experts, 
                       set_routers, use_expert, weights_hash)
 from losses import (Encoded, annotator_type, batches, encode, expert_margins, longest, markdown_table, measured,
                     mixture_diagnostics, plot, router_table, score, terminal_table, win_rate)
-from model import (DTYPES, Transformer, UserError, content_hash, files_hash, find_folder, first_line, generate,
-                   read_json, write_text)
+from model import (DTYPES, Transformer, UserError, content_hash, files_hash, find_folder, first_line, read_json,
+                   stream, write_text)
 
 # Prompts and answers
 
@@ -85,31 +85,26 @@ def read_prompts(name, count=0, seed=0, held_out=0.02):
     return [row for row in unique.values() if row["prompt"]][:count or None]
 
 
-def answer_batches(model, tokenizer, prompts, seed, temperature, top_p=1.0, use="mixture", users="", max_new_tokens=64,
-                   batch_size=None, skip=()):
-    """Yield lists of {"number", "answer", "ids", "ended", "expert"}: the answers to prompts, text or messages, those of
-    like length together. skip: numbers of prompts that are left out. What comes does not depend on the batch."""
+def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0, use="mixture", users="",
+                        max_new_tokens=64, batch_size=None, skip=()):
+    """Yield {"number", "answer", "ids", "ended", "expert"} of each prompt, text or messages, batch_size at a time
+    (default: all). skip: numbers of prompts that are left out. What comes does not depend on the batch."""
     left = [i for i in range(len(prompts)) if i not in skip]
     if not left:
         return
     rendered = [tokenizer.render(prompt) for prompt in prompts]
-    experts = choose_experts(model, tokenizer, rendered, use, users, seed) if model.gate is not None else None
-    tokens, stops = tokenizer.encode(rendered), {*tokenizer.stop_ids, *model.config.eos_ids}
-    if batch_size:
-        left.sort(key=lambda i: -len(tokens[i]))
-    for start in range(0, len(left), batch_size or len(left)):
-        batch = left[start:start + (batch_size or len(left))]
-        if experts is not None:
-            use_expert(model, experts[batch])
-        outputs = generate(model, [tokens[i] for i in batch], max_new_tokens, temperature, top_p, stops, seed)
-        yield [{"number": i, "answer": tokenizer.answer(tokens[i], ids), "ids": ids, "ended": ids[-1] in stops,
-                "expert": None if experts is None else int(experts[i])} for i, ids in zip(batch, outputs)]
+    experts = choose_experts(model, tokenizer, rendered, use, users, seed)[left] if model.gate is not None else None
+    tokens, stops = tokenizer.encode([rendered[i] for i in left]), {*tokenizer.stop_ids, *model.config.eos_ids}
+    prepare = None if experts is None else lambda numbers: use_expert(model, experts[numbers])
+    for i, ids in stream(model, tokens, max_new_tokens, batch_size or len(left), temperature, top_p, stops, seed, prepare):
+        yield {"number": left[i], "answer": tokenizer.answer(tokens[i], ids), "ids": ids, "ended": ids[-1] in stops,
+               "expert": None if experts is None else int(experts[i])}
 
 
 def answer(model, tokenizer, prompts, **settings):
-    """[(response text, whether it came to its end)] to prompts. settings: see `answer_batches`."""
-    return [(row["answer"], row["ended"]) for rows in answer_batches(model, tokenizer, prompts, **settings)
-            for row in rows]
+    """[(response text, whether it came to its end)] to prompts. settings: see `answers_as_they_end`."""
+    rows = sorted(answers_as_they_end(model, tokenizer, prompts, **settings), key=lambda row: row["number"])
+    return [(row["answer"], row["ended"]) for row in rows]
 
 
 def kept_answers(model, tokenizer, prompts, folder, args):
@@ -125,12 +120,11 @@ def kept_answers(model, tokenizer, prompts, folder, args):
     rows = {row["number"]: row for row in map(json.loads, path.read_bytes().split(b"\n")[:-1])}
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(
             desc="answers", total=len(prompts), initial=len(rows), unit="answer") as bar:
-        for batch in answer_batches(model, tokenizer, asked, **settings, batch_size=args.batch_size, skip=rows):
-            for row in batch:
-                rows[row["number"]] = row
-                file.write(json.dumps({"prompt": asked[row["number"]], **row}, ensure_ascii=False) + "\n")
+        for row in answers_as_they_end(model, tokenizer, asked, **settings, batch_size=args.batch_size, skip=rows):
+            file.write(json.dumps({"prompt": asked[row["number"]], **row}, ensure_ascii=False) + "\n")
             file.flush()
-            bar.update(len(batch))
+            rows[row["number"]] = row
+            bar.update()
     return [rows[i] for i in range(len(prompts))]
 
 

@@ -221,9 +221,14 @@ class ExpertLinear(nn.Module):
         low = (low * scaled.to(x.dtype)).flatten(-2)                                    # (..., K·R)
         return self.base(x) + F.linear(low, self.lora_B.to(x.dtype))
 
+    @property
+    def is_constant(self):
+        """True if every token gets the same weights, so that the experts could be part of the base's matrix."""
+        return self.enabled and isinstance(self.router, ConstantRouter) and self.router.weights.dim() == 1
+
     def merged_weight(self):
         """W + scale · Σ_k w_k B_k A_k in float32, for a router whose weights do not depend on the input."""
-        assert isinstance(self.router, ConstantRouter), "only constant weights can be merged"
+        assert self.is_constant, "only constant weights can be merged"
         weights = self.router.weights.repeat_interleave(self.rank) * self.scale         # (K·R,)
         return self.base.weight.float() + (self.lora_B * weights) @ self.lora_A
 
@@ -348,9 +353,9 @@ def wrap_linear(model, name, rank, alpha, num_experts=1, **settings):
 
 def use_expert(model, number):
     """Route every row to this expert until changed. number: one for all rows, or (B,), one for each row."""
+    one_hot = F.one_hot(torch.as_tensor(number), count_experts(model)).float()          # (K,) or (B, K)
     for _, layer in expert_layers(model):
         assert isinstance(layer.router, ConstantRouter), "only whole experts can be chosen"
-        one_hot = F.one_hot(torch.as_tensor(number), layer.num_experts).float()         # (K,) or (B, K)
         layer.router.weights = one_hot.to(layer.base.weight.device)
 
 

@@ -253,20 +253,39 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, in buffers of a fixed size: (B, H_kv, S_max, C) a layer."""
+    """Keys and values of the tokens seen so far, in buffers of a fixed size: (rows, H_kv, S_max, C) a layer. A token's
+    column is its position, so rows of different length stand side by side and a row can be used again."""
 
     def __init__(self, config, rows, max_len, dtype, device):
         shape = (rows, config.num_kv_heads, max_len, config.head_dim)
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.positions = torch.zeros(rows, max_len, dtype=torch.long, device=device)
-        self.length = 0  # tokens held, the same for every row: shorter rows are padded on the left
+        self.layers = [[torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+                       for _ in range(config.num_layers)]
+        self.lengths = [0] * rows    # tokens that each row holds
+        self.rows = [*range(rows)]   # those that the next forward passes extend
+
+    def extend(self, T, device):
+        """Make room for T more tokens in each of the rows in use; returns their positions, (B, T)."""
+        before = torch.tensor([self.lengths[row] for row in self.rows])
+        for row in self.rows:
+            self.lengths[row] += T
+        self.columns = (before[:, None] + torch.arange(T)).to(device)
+        self.end = int(before.max()) + T
+        self.index = torch.tensor(self.rows, device=device)[:, None]
+        return self.columns
 
     def update(self, layer, key, value):
-        end = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length:end] = key
-        self.values[layer][:, :, self.length:end] = value
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+        """Put in keys and values of T tokens, (B, H_kv, T, C); returns those of all tokens so far, (B, H_kv, S, C)."""
+        for buffer, new in zip(self.layers[layer], (key, value)):
+            buffer[self.index, :, self.columns] = new.transpose(1, 2)
+        in_order = self.rows == [*range(len(self.rows))]
+        rows = slice(len(self.rows)) if in_order else self.rows              # a view, or a copy
+        return [buffer[rows, :, :self.end] for buffer in self.layers[layer]]
+
+    def keep(self, rows):
+        """Drop all rows but these, in this order."""
+        for buffers in self.layers:
+            buffers[:] = [buffer[rows] for buffer in buffers]
+        self.lengths, self.rows = [self.lengths[row] for row in rows], [*range(len(rows))]
 
 
 class Attention(nn.Module):
@@ -376,9 +395,10 @@ class Trunk(nn.Module):
     def forward(self, tokens, positions=None, mask=None, cache=None):
         config = self.config
         B, T = tokens.shape
-        start = 0 if cache is None else cache.length
-        if positions is None:
-            positions = torch.arange(start, start + T, device=tokens.device).expand(B, T)
+        if cache is not None:
+            positions = cache.extend(T, tokens.device)
+        elif positions is None:
+            positions = torch.arange(T, device=tokens.device).expand(B, T)
         x = self.embed_tokens(tokens)                                        # (B, T, D)
         rope = None
         if config.scale_embedding:
@@ -387,28 +407,25 @@ class Trunk(nn.Module):
             x = x + self.embed_positions(positions)
         else:
             angle = positions[:, None, :, None] * rope_frequencies(config).to(x.device)
-            angle = torch.cat((angle, angle), dim=-1)                        # (B, 1, T, C)
-            rope = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+            rope = [torch.cat((half, half), dim=-1).to(x.dtype) for half in (angle.cos(), angle.sin())]  # (B, 1, T, C)
         masks = self.window_masks(positions, mask, cache)
         for block, window in zip(self.layers, config.windows):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, rope, masks[window], cache, use_reentrant=False)
             else:
                 x = block(x, rope, masks[window], cache)
-        if cache is not None:
-            cache.length += T
         return self.norm(x)
 
     def window_masks(self, positions, mask, cache):
         """{window: mask (B, 1, T, S) or None for plain causal}: the caller's mask, cut to each window in use."""
         T, keys = positions.shape[1], positions                              # keys: (B, S)
-        if cache is not None:
-            cache.positions[:, cache.length:cache.length + T] = positions
-            keys = cache.positions[:, :cache.length + T]
-        S = keys.shape[1]
+        S = T if cache is None else cache.end
         windows = {window for window in self.config.windows if 0 < window < S}  # one of S or more cuts nothing
-        if mask is None and T > 1 and (windows or S > T):
-            mask = torch.ones(T, S, dtype=torch.bool, device=positions.device).tril(S - T).expand(len(keys), T, S)
+        if cache is not None:
+            keys = torch.arange(S, device=positions.device)[None]
+        even = cache is None or len({cache.lengths[row] for row in cache.rows}) == 1
+        if mask is None and (T > 1 and (windows or S > T) or not even):
+            mask = keys[:, None, :] <= positions[:, :, None]                 # (B, T, S)
         masks = dict.fromkeys(self.config.windows, None if mask is None else mask[:, None])
         for window in windows:
             near = positions[:, :, None] - keys[:, None, :] < window         # (B, T, S)
@@ -434,7 +451,7 @@ class Transformer(nn.Module):
     def forward(self, tokens, positions=None, mask=None, cache=None):
         """tokens (B, T) -> hidden (B, T, D).
 
-        positions (B, T): the place of each token in its own sequence; default 0 … T-1 (after the cache's).
+        positions (B, T): the place of each token in its own sequence; default 0 … T-1, with a cache those after it.
         mask (B, T, S) bool: True where a query token may look at a key token; default causal.
         """
         return self.model(tokens, positions, mask, cache)
@@ -537,21 +554,25 @@ def sample(logits, temperature, top_p, uniform):
 
 
 @contextmanager
-def packed_linears(model, rows):
+def packed_linears(model, rows, merge=True):
     """Inside this block, float32 linear layers on a CPU run from copies of their weights in oneDNN's own layout.
 
     Decoding multiplies a few rows by every weight; from the plain layout that takes about twice as long. The copies
-    take the weights' memory again, for this block only. Does nothing where oneDNN is absent.
+    take the weights' memory again, for this block only. merge: experts at constant weights are part of the copies, so
+    the weights must not change inside the block. Does nothing where oneDNN is absent.
     """
-    packed = []
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if type(module) is nn.Linear and weight.device.type == "cpu" and weight.dtype == torch.float32 \
-                and torch.backends.mkldnn.is_available():
+    packed, merged = [], set()
+    for module in model.modules() if torch.backends.mkldnn.is_available() else ():
+        has_experts = merge and getattr(module, "is_constant", False)        # a lora_moe.ExpertLinear
+        linear = module.base if has_experts else module
+        if type(linear) is nn.Linear and linear not in merged and linear.weight.device.type == "cpu" \
+                and linear.weight.dtype == torch.float32:
+            weight = module.merged_weight() if has_experts else linear.weight
             packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-            module.forward = lambda x, weight=packed_weight, bias=module.bias: torch.ops.mkldnn._linear_pointwise(
+            module.forward = lambda x, weight=packed_weight, bias=linear.bias: torch.ops.mkldnn._linear_pointwise(
                 x, weight, bias, "none", [], "")
             packed.append(module)
+            merged.add(linear)
     try:
         yield
     finally:
@@ -566,46 +587,76 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, eos_ids
     prompts: list of N non-empty lists of token ids, of any lengths. Greedy output equals that of each prompt alone.
     Sampled output depends on the seed, the prompt and its number of earlier occurrences, not on the rest of the batch.
     """
-    if not prompts:
-        return []
-    N, longest, config = len(prompts), max(map(len, prompts)), model.config
-    assert min(map(len, prompts)) > 0, "a prompt has at least one token"
+    answers = dict(stream(model, prompts, max_new_tokens, len(prompts), temperature, top_p, eos_ids, seed))
+    return [answers[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def stream(model, prompts, max_new_tokens, batch_size, temperature=0.0, top_p=1.0, eos_ids=(), seed=0, prepare=None):
+    """`generate`, batch_size rows at a time: yield (number of the prompt, its new tokens) as each one ends; the next
+    prompt, from the longest to the shortest, takes its row. prepare(numbers): called when the rows that the model is
+    about to see are those of other prompts."""
+    N, longest, config = len(prompts), max(map(len, prompts), default=0), model.config
+    assert all(map(len, prompts)), "a prompt has at least one token"
     if config.learned_positions and longest + max_new_tokens > config.max_positions:
         raise UserError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones are more than the "
                         f"{config.max_positions} positions that the model has")
-    weight, device = model.model.embed_tokens.weight, model.model.embed_tokens.weight.device
-    pad = torch.tensor([longest - len(p) for p in prompts], device=device)   # (N,) padding on the left
-    tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-    column = torch.arange(longest + max_new_tokens, device=device)
-    real = prefill = None  # no masks needed where no prompt is padded
-    if pad.any():
-        real = (column >= pad[:, None])[:, None]                             # (N, 1, longest + new)
-        prefill = real[..., :longest] & (column[:longest, None] >= column[:longest])
-        prefill |= torch.eye(longest, dtype=torch.bool, device=device)       # padding sees itself: no empty rows
-    cache = KVCache(config, N, longest + max_new_tokens, weight.dtype, device)
-    uniform = torch.from_numpy(_uniform_draws(prompts, max_new_tokens, seed)).to(device)
-    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-    new = torch.empty(N, max_new_tokens, dtype=torch.long, device=device)
-    ended = torch.zeros(N, dtype=torch.bool, device=device)
+    if not max_new_tokens:
+        yield from ((i, []) for i in range(N))
+        return
+    weight = model.model.embed_tokens.weight
+    draws, new = torch.from_numpy(_uniform_draws(prompts, max_new_tokens, seed)), [[] for _ in prompts]
+    waiting = sorted(range(N), key=lambda i: len(prompts[i]))                # the next one is the last
+    B = min(batch_size, N)
+    cache = KVCache(config, B, longest + max_new_tokens, weight.dtype, weight.device)
+    hidden = weight.new_zeros(B, config.hidden_size)                         # of the last token of each row
+    numbers, free = [0] * B, [*range(B)]                                     # prompts in the rows, rows without one
+
+    def use(rows):
+        cache.rows = rows
+        if prepare:
+            prepare([numbers[row] for row in rows])
 
     was_training = model.training
     model.eval()
-    with packed_linears(model, N):
-        hidden = model(tokens, (column[:longest] - pad[:, None]).clamp(min=0), prefill, cache)[:, -1]
-        for step in range(max_new_tokens):
-            token = sample(model.logits(hidden), temperature, top_p, uniform[:, step])
-            new[:, step] = token
-            ended |= torch.isin(token, eos)
-            now = longest + step + 1                                         # keys once this token is in the cache
-            if step + 1 == max_new_tokens or ended.all():
-                new = new[:, :step + 1]
-                break
-            hidden = model(token[:, None], (now - 1 - pad)[:, None], None if real is None else real[..., :now],
-                           cache)[:, -1]
-    model.train(was_training)
+    try:
+        with packed_linears(model, B, merge=prepare is None):
+            while numbers:
+                if free:
+                    for row in free:
+                        numbers[row] = waiting.pop()
+                    use(free)
+                    hidden[free] = prefill(model, cache, [prompts[numbers[row]] for row in free])
+                    use([*range(len(numbers))])
+                uniform = draws[numbers, [len(new[i]) for i in numbers]].to(weight.device)
+                tokens = sample(model.logits(hidden), temperature, top_p, uniform)
+                free = []
+                for row, (i, token) in enumerate(zip(numbers, tokens.tolist())):
+                    new[i].append(token)
+                    if token in eos_ids or len(new[i]) == max_new_tokens:
+                        free.append(row)
+                        yield i, new[i]
+                if spare := free[len(waiting):]:                             # no prompt is left for these rows
+                    left = [row for row in range(len(numbers)) if row not in spare]
+                    numbers, free = [numbers[row] for row in left], [left.index(row) for row in free[:len(waiting)]]
+                    tokens, hidden = tokens[left], hidden[left]
+                    cache.keep(left)
+                    use(cache.rows)
+                if len(free) < len(numbers):
+                    hidden = model(tokens[:, None], cache=cache)[:, -1]
+    finally:
+        model.train(was_training)
 
-    ends = ([i + 1 for i, token in enumerate(row) if token in eos_ids] for row in new.tolist())
-    return [row[:end[0] if end else len(row)] for row, end in zip(new.tolist(), ends)]
+
+def prefill(model, cache, prompts):
+    """Read prompts into the rows in use of the cache; returns the hidden state of each one's last token, (B, D)."""
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)
+    for row in cache.rows:
+        cache.lengths[row] = 0
+    hidden = model(tokens.to(model.model.embed_tokens.weight.device), cache=cache)
+    for row, ids in zip(cache.rows, prompts):
+        cache.lengths[row] = len(ids)                                        # without the padding, on the right
+    return hidden[range(len(prompts)), [len(ids) - 1 for ids in prompts]]
 
 
 def _uniform_draws(prompts, count, seed):

@@ -27,7 +27,7 @@ import train  # noqa: E402
 from data import Encoded, Tokenizer, apply_view, pack  # noqa: E402
 from lora_moe import add_experts, perturb_experts  # noqa: E402
 from losses import policy_logps  # noqa: E402
-from model import ModelConfig, ScoreModel, Transformer, UserError, generate, read_json  # noqa: E402
+from model import ModelConfig, ScoreModel, Transformer, UserError, read_json, stream  # noqa: E402
 
 FIXTURES, LAYOUTS = ROOT / "tests" / "fixtures", ROOT / "tests" / "layouts"
 FAMILY_FIXTURES = ("llama", "llama3", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3", "gemma", "gemma2",
@@ -245,8 +245,7 @@ def make_small(patch):
 
 def shorten_answers(patch, tokens):
     """Answers have this many tokens at most."""
-    patch.setattr(eval_file, "generate", lambda model, prompts, count, *rest, **named:
-                  generate(model, prompts, min(count, tokens), *rest, **named))
+    patch.setattr(eval_file, "stream", lambda model, prompts, count, *rest: stream(model, prompts, min(count, tokens), *rest))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 """eval.py RUN… --prompts: prompts of every layout, answers that are kept, their metrics by hand, and one table."""
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,7 +104,7 @@ def test_answers_do_not_depend_on_the_batch_and_are_not_made_twice(policy, monke
     first = evaluate(policy, "--batch_size", 3)
     rows = kept(policy)
     with monkeypatch.context() as patch:
-        patch.setattr(eval_file, "generate", lambda *_: pytest.fail("an answer was made again"))
+        patch.setattr(eval_file, "stream", lambda *_: pytest.fail("an answer was made again"))
         assert evaluate(policy, "--batch_size", 3) == first
     for path in Path(policy).glob("answers-*.jsonl"):
         path.unlink()
@@ -112,19 +113,17 @@ def test_answers_do_not_depend_on_the_batch_and_are_not_made_twice(policy, monke
 
 
 def test_an_interrupted_call_goes_on_where_it_stopped(policy, monkeypatch):
-    generate, calls = eval_file.generate, []
+    stream = eval_file.stream
     whole = evaluate(policy, "--batch_size", 4)
     answers = kept(policy)
     [path] = Path(policy).glob("answers-*.jsonl")
     path.unlink()
 
-    def stops(model, prompts, *rest):
-        calls.append(len(prompts))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return generate(model, prompts, *rest)
+    def stops(*settings):
+        yield from itertools.islice(stream(*settings), 9)
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(eval_file, "generate", stops)
+        patch.setattr(eval_file, "stream", stops)
         evaluate(policy, "--batch_size", 4)
     path.write_bytes(path.read_bytes()[:-20])  # and the last line was cut short
     assert evaluate(policy, "--batch_size", 4) == whole and kept(policy) == answers
@@ -329,7 +328,7 @@ def test_plot_without_matplotlib_is_one_line(policy, monkeypatch):
     (("--scale", "start,out/no"), "out/no"), (("--top_p", 0), "--top_p"), (("--n", -1), "--n"),
     (("--scale", "start"), "--scale")))
 def test_a_mistaken_flag_is_named_before_anything_is_answered(policy, monkeypatch, flags, part):
-    monkeypatch.setattr(eval_file, "generate", lambda *_: pytest.fail("an answer was made"))
+    monkeypatch.setattr(eval_file, "stream", lambda *_: pytest.fail("an answer was made"))
     assert part in line_of(evaluate, policy, *flags)
 
 

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from conftest import FAMILY_FIXTURES, FIXTURES, load_fixture
 from lora_moe import add_experts, load_adapter, merge_experts, perturb_experts
-from model import KVCache, UserError, generate, packed_linears, sample
+from model import KVCache, UserError, generate, packed_linears, sample, stream
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [33], [90, 4, 71, 22], [8, 8, 8, 30, 2, 61, 44]]
 
@@ -137,3 +137,23 @@ def test_generate_leaves_training_mode_as_it_was():
     assert model.training
     generate(model.eval(), PROMPTS, 2)
     assert not model.training
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 9])
+def test_a_prompt_takes_the_row_of_one_that_has_ended(rows):
+    """Answers of different lengths; each pass has at most so many rows, and no row stays without a prompt for long."""
+    model, prompts = load_fixture("mistral_window"), [prompt[k:] or [k + 3] for prompt in PROMPTS for k in range(3)]
+    settings = dict(temperature=1.0, eos_ids=set(range(0, 97, 6)), seed=2)
+    alone = [generate(model, [prompt], 9, **settings)[0] for prompt in prompts]
+    assert len(set(map(len, alone))) > 3
+    asked, sizes = [], []
+    hook = model.model.register_forward_hook(lambda _, inputs, __: sizes.append(tuple(inputs[0].shape)))
+    answers = dict(stream(model, prompts, 9, rows, prepare=asked.append, **settings))
+    hook.remove()
+    assert answers == dict(enumerate(alone))
+    assert max(map(len, asked)) == max(size[0] for size in sizes) <= rows
+    assert sum(size[0] for size in sizes if size[1] == 1) <= sum(map(len, alone)), "a row that ended takes part in one pass"
+
+
+def test_prompts_are_taken_from_the_longest_to_the_shortest():
+    assert [i for i, _ in stream(load_fixture("llama"), PROMPTS, 3, 1)] == [0, 3, 2, 1]

@@ -14,7 +14,7 @@ from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line
 from data import Tokenizer, pack
 from lora_moe import (Gate, add_experts, choose_experts, expert_layers, expert_logps, load_experts, merge_experts,
                       mixture_logps, perturb_experts, pooled_states, save_experts, set_routers, use_expert)
-from model import Transformer, generate, read_json
+from model import Transformer, generate, read_json, stream
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (7, 1, 3), (2, 3, 1), (9, 8, 7)]
 
@@ -279,8 +279,7 @@ def test_rows_answered_by_different_experts_equal_each_alone_with_its_expert_mer
     prompts = [rng.integers(0, VOCABULARY, length).tolist() for length in (3, 7, 1, 5, 5)]
     prompts[4] = prompts[3]
     chosen = torch.tensor([2, 0, 1, 1, 2])
-    use_expert(model, chosen)
-    answers = generate(model, prompts, 12, eos_ids=(7,))
+    answers = dict(stream(model, prompts, 12, 3, eos_ids=(7,), prepare=lambda them: use_expert(model, chosen[them])))
     for k in range(3):
         plain, _ = merged_alone(kind, model, k)
         for i in (chosen == k).nonzero().flatten().tolist():
