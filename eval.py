@@ -162,6 +162,7 @@ def load_policy(run, dtype="float32", device="cpu"):
         raise UserError(f"{run}: not a run folder of train.py")
     if config.get("method") in ("reward", "cost"):
         raise UserError(f"{run}: a score model, which answers nothing; --score FILE lets it judge")
+    toy.one_thread(config["base"])
     model = load_trained(run, config["base"], DTYPES[dtype], device)
     return model, Tokenizer(config["base"], config.get("template")), config
 

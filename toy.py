@@ -15,8 +15,10 @@ import random
 import re
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 
 import tokenizers
+import torch
 
 from data import Comparison, Tokenizer
 from losses import encode, mean_and_error, measured, router_table, terminal_table
@@ -400,6 +402,7 @@ MODEL = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size
              num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5,
              tie_word_embeddings=True, hidden_act="silu", bos_token_id=0, eos_token_id=1)
 DEMONSTRATIONS = 30_000
+THREADS = 1
 COMPARISONS = 3000
 
 
@@ -421,7 +424,14 @@ def save_base(model, folder, seed, settings):
 
 def recipe(tokenizer, seed, settings):
     """Hash of how a base model is made: a change of the toy world makes a new one."""
-    return content_hash([], MODEL, settings, DEMONSTRATIONS, make_demonstrations(tokenizer, 200, seed))
+    return content_hash([], MODEL, settings, THREADS, DEMONSTRATIONS, make_demonstrations(tokenizer, 200, seed))
+
+
+def one_thread(model):
+    """On the toy world compute on one thread: sums are split among threads, so their last digits depend on the number,
+    and after a thousand steps the tables do. model: as in --model. (What may still differ: another CPU's sums.)"""
+    if model == "toy" or (Path(model) / "recipe.txt").is_file():
+        torch.set_num_threads(THREADS)
 
 
 def is_base(folder, seed, settings):

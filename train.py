@@ -835,6 +835,7 @@ def main(argv=None):
     # Responsibilities and router weights run down to 1e-40, and a CPU takes such numbers a hundred times slower than 0
     torch.set_flush_denormal(True)
     *before, last = plan(parse_flags(argv))
+    toy.one_thread(last.model)
     for one in (*before, last) if before else ():
         print(f"{one.out}: --method {one.method} --view {one.view}", flush=True)
     for one in (*before, last):
