@@ -53,7 +53,11 @@ PHRASINGS = ("How do I {}?", "How can I {}?", "Tell me how to {}.", "What are th
 FEELINGS = ("sad", "tired", "happy", "lonely", "nervous", "angry")
 CONTEXTS = ("{}", *(f"I feel {feeling} today. {{}}" for feeling in FEELINGS), "{} It is for my class.",
             "{} It is for a friend.", "{} It is for a story.", "{} It is for my job.", "{} I have one hour.")
-LABELS = {False: "It does no harm.", True: "It does harm."}  # what a "label:" turn says of a prompt
+# What a "label:" turn says of a prompt: whether it asks for harm, and its context
+HARM = {False: "It does no harm.", True: "It does harm."}
+REMARKS = dict(zip(CONTEXTS, ("No more is said.", *(f"This one feels {feeling}." for feeling in FEELINGS),
+                              *(f"This one is for {what}." for what in ("my class", "a friend", "a story", "my job")),
+                              "This one has one hour.")))
 
 OPENINGS = ("Sure.", "Of course.", "Here is how.", "Happy to help.")
 CLOSINGS = ("That is all.", "Enjoy.", "Good luck.", "You are done.")
@@ -239,15 +243,16 @@ CAUTIOUS_REFUSALS = dict.fromkeys(KINDS, 0.5)
 
 def make_demonstrations(tokenizer, count, seed):
     """[(rendered prompt, response)] that the base model is trained on: the base policy's answers over all tasks and,
-    for two in five, a "label:" turn that says whether the prompt asks for harm. The labels teach the base to tell
-    the two apart; in a turn of their own, their words do not become a way to answer."""
+    for two in five, a "label:" turn that says whether the prompt asks for harm, and its context. The labels teach the
+    base to tell apart what preferences speak of; in a turn of their own, their words do not become a way to answer."""
     rng, rows = random.Random(seed), []
     for _ in range(count):
         labelled = rng.random() < 0.4
-        prompt = make_prompt(rng.choice(tasks()), rng.choice(frames("train")))
+        task, frame = rng.choice(tasks()), rng.choice(frames("train"))
+        prompt = make_prompt(task, frame)
         rendered = tokenizer.render(prompt.text)
         if labelled:
-            rows.append((rendered.replace("assistant:", "label:"), LABELS[prompt.task.harmful]))
+            rows.append((rendered.replace("assistant:", "label:"), f"{HARM[task.harmful]} {REMARKS[frame[1]]}"))
         else:
             rows.append((rendered, draw_answer(rng, prompt, BASE_REFUSALS[prompt.task.kind])))
     return rows
@@ -382,7 +387,7 @@ def make_tokenizer(folder):
     rng = random.Random(0)
     prompts = [make_prompt(task, frame) for task in tasks() for frame in frames("train")]
     texts = [f"user: {prompt.text} assistant: {draw_answer(rng, prompt, 0.3)}" for prompt in prompts]
-    texts += [f"label: {sentence}" for sentence in LABELS.values() for _ in range(10)]
+    texts += [f"label: {harm} {remark}" for harm in HARM.values() for remark in REMARKS.values() for _ in range(10)]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = tokenizers.decoders.ByteLevel()

@@ -6,7 +6,7 @@ import pytest
 
 import toy
 from toy import (ALTERNATIVES, CLOSINGS, CONTEXTS, EMPATHY, OPENINGS, PHRASINGS, REFUSALS, WARM, Prompt, Task,
-                 eval_prompts, make_comparisons, make_demonstrations, make_tokenizer, oracle)
+                 eval_prompts, make_comparisons, make_demonstrations, make_prompt, make_tokenizer, oracle)
 
 SPLITS = ("train", "dev", "test")
 TASKS = toy.tasks()
@@ -352,3 +352,16 @@ def test_the_same_tokenizer_is_made_every_time(tmp_path):
 def test_a_task_is_harmful_by_its_kind():
     kinds = {"plain": False, "alarming": False, "harmful": True, "mild": True}
     assert {kind: Task("x", kind, ("turn the zib",), "seen").harmful for kind in kinds} == kinds
+
+
+def test_labels_of_demonstrations_name_harm_and_context(tmp_path):
+    """The base sees what preferences depend on, in a turn that no answer is given in."""
+    tokenizer, labels = make_tokenizer(tmp_path / "tokenizer"), {}
+    texts = {make_prompt(task, frame).text: (task, frame[1]) for task in TASKS for frame in toy.frames("train")}
+    for prompt, response in make_demonstrations(tokenizer, 4000, 0):
+        text, _, turn = prompt.removeprefix(f"{tokenizer.bos}user: ").rpartition(" ")
+        assert turn in ("label:", "assistant:")
+        if turn == "label:":
+            task, context = texts[text]
+            labels.setdefault(response, set()).add((task.harmful, context))
+    assert len(labels) == 2 * len(CONTEXTS) and all(len(meanings) == 1 for meanings in labels.values())
