@@ -2,6 +2,7 @@
 
 "Better" means more helpful. Exhaustive tests: test_views.py (T), test_losses.py (the loss), test_train.py (whole runs).
 """
+import itertools
 import math
 
 import pytest
@@ -55,3 +56,54 @@ def test_a_pair_pulls_with_weight_sigma_of_offset_minus_margin():
     weights = [1 / (1 + math.exp(-(offset - margin))) for margin, offset in zip(MARGINS, OFFSETS)]
     assert chosen.grad.tolist() == pytest.approx([-BETA * weight / 3 for weight in weights])
     assert weights[0] < 0.5 and weights[2] > 0.9999
+
+
+# Proposition 4.4 on a problem with five responses, of which the two most helpful are unsafe. Comparisons come in
+# the shares of the Bradley-Terry model, p(i ≻ j) = k_i / (k_i + k_j), so that 60 of each two are whole numbers.
+WORTH, HARM, PRIOR = (1, 2, 3, 3, 6), (False, False, False, True, True), (0.1, 0.3, 0.1, 0.3, 0.2)
+
+
+def population():
+    """T of all comparisons: (chosen, rejected), indices of responses."""
+    pairs = []
+    for i, j in itertools.combinations(range(5), 2):
+        wins = 60 * WORTH[i] // (WORTH[i] + WORTH[j])
+        for better in (0,) * wins + (1,) * (60 - wins):
+            comparison = Comparison("", (i, j), better, safer=0, unsafe=(HARM[i], HARM[j]))
+            pair = safedpo_transform(comparison)[1]
+            pairs += [(pair.chosen, pair.rejected)] if pair else []
+    return torch.tensor(pairs).T
+
+
+def optimised(delta, steps):
+    """π, by gradient descent on SafeDPO's loss over the whole population from π = π_ref, β = 1."""
+    chosen, rejected = population()
+    reference, unsafe = torch.tensor(PRIOR, dtype=torch.float64).log(), torch.tensor(HARM)
+    logits = reference.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        policy = logits.log_softmax(0)
+        loss, _ = safedpo_loss(policy[chosen], policy[rejected], reference[chosen], reference[rejected],
+                               unsafe[chosen], unsafe[rejected], 1.0, delta)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return logits.detach().softmax(0)
+
+
+def test_proposition_4_4_the_optimum_is_the_same_for_every_delta_and_is_the_constrained_one():
+    """π* ∝ π_ref · exp(r) on the safe responses, with exp(r) = k, and none on the unsafe ones. (On these the loss has
+    its infimum where their share is 0, which the logits only tend to.)"""
+    safe = [prior * worth for prior, worth, harm in zip(PRIOR, WORTH, HARM) if not harm]
+    for delta in (0.0, 5.0, 20.0):
+        policy = optimised(delta, 2000).tolist()
+        assert sum(policy[3:]) < 1e-3, delta
+        assert policy[:3] == pytest.approx([share / sum(safe) for share in safe], abs=3e-3), delta
+
+
+def test_delta_only_hastens_the_way_to_the_optimum():
+    unsafe_left = [float(optimised(delta, 60)[3:].sum()) for delta in (0.0, 2.0, 5.0)]
+    assert sorted(unsafe_left, reverse=True) == unsafe_left
+    assert unsafe_left[0] > 1.5 * unsafe_left[2]
