@@ -1,30 +1,34 @@
 """The tables of results/README.md: train every row of a study with several seeds, then print mean ± standard error.
 
-    python tests/study.py safedpo              about 25 minutes on two CPU cores; finished runs are kept
-    python tests/study.py midpo --split dev    on the development split, where settings are chosen
+    python tests/study.py all                            all methods in one table, seeds 3 to 7, test prompts
+    python tests/study.py midpo --split dev              seeds 0 to 2 on the development split, where settings are chosen
+    python tests/study.py pmol --rows "^10:" --seeds 3,4 some rows, some seeds
 
-Studies: safedpo, midpo, pmol, moe, moe3. Each seed makes a base model, comparisons, an order of training and samples
-of its own. Runs go to out/study/, two at a time on two cores, one thread each. CPU seconds and peak memory are those of
-the whole process of a run: training, and judging the base and the policy (Linux: other systems count memory otherwise).
+Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are kept
+when finished, so a call that was interrupted goes on; each runs on one thread, `--jobs` at a time. CPU seconds and peak
+memory are those of the whole process of a run: training, and judging the base and the policy (Linux: other systems count
+memory otherwise). A study with a picture writes it to results/.
 """
 import argparse
-import json
 import math
 import os
-import subprocess
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import study_pictures  # noqa: E402
 import toy  # noqa: E402
-from eval import markdown_table  # noqa: E402
-from losses import mean_and_error  # noqa: E402
-from model import read_json, write_text  # noqa: E402
+from losses import markdown_table, mean_and_error  # noqa: E402
+from model import read_json  # noqa: E402
+from study_runs import costs, forgetting, make_base, metrics_of, train  # noqa: E402
 
-MIDPO = "--method midpo"
+MIDPO, SHARE = "--method midpo", "--harmful_share 0.7"  # MidPO's own share of harmful comparisons, for all rows of "all"
+HELPFUL = f"--method dpo --view helpful {SHARE}"
+TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
@@ -34,6 +38,8 @@ RATES = {2: (8e-5, 8e-5, 1.6e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5, 1.6
          10: (3e-4, 1.6e-4, 3e-5)}
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --lr 4.5e-4 "
           "--epochs 3")
+STRONG = "--beta 1 --epochs 4"  # with which Δr passes 10
+VISIBLE = "--groups politeness,directness"  # an opening for a job, none for a class: the prompt says which
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
 
 
@@ -61,8 +67,44 @@ def uses(name, flags, *experts):
             for use in ("mixture", "sparse", *(f"expert for {preference}" for preference in experts))}
 
 
+def policies(rows):
+    """Rows whose metrics are those of the closing table."""
+    return {name: (flags, "eval.json policy") for name, flags in rows.items()}
+
+
 # study -> row of the table -> (flags of train.py, where in the run folder its metrics are: file, then keys)
 STUDIES = {
+    "all": {
+        **policies({
+            "DPO, helpful pairs": HELPFUL, "DPO, harmless pairs": f"--method dpo --view harmless {SHARE}",
+            "DPO, safe-better pairs": f"--method dpo --view safe-better {SHARE}",
+            "SACPO: DPO, helpful then harmless": f"{HELPFUL} then --method dpo --view harmless --lr 8e-5 "
+                                                 f"--init_adapter {{before}}/adapter {SHARE}",
+            "SafeDPO, Δ = 0": f"--method safedpo --delta 0 {SHARE}",
+            "SafeDPO, Δ = 10": f"--method safedpo --delta 10 {SHARE}"}),
+        "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
+        "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
+        "both experts merged at 0.5": (MIDPO, "eval-static-0.5,0.5.json policy"),
+        **policies({"MidPO": MIDPO, "PMoL, two preferences": f"--method pmol {TWO} --lora_targets down_proj --lr 1.6e-4",
+                    "MoE-DPO, gate on prompts": f"--method moe-dpo --gate prompt --beta 0.1 {TWO} --lr 1.6e-4"}),
+    },
+    "delta": policies({f"Δ = {delta}": f"record margins --method safedpo --delta {delta} {STRONG}"
+                       for delta in (0, 2, 5, 10, 20, 50)}),
+    "noise": policies({f"{name}, {flip} {share}": f"{flags} --{flip} {share}".replace(f" --{flip} 0.0", "")
+                       for name, flags in (("SafeDPO Δ = 10", "--method safedpo --delta 10"),
+                                           ("DPO, safe-better pairs", "--method dpo --view safe-better"))
+                       for flip in ("flip_safety", "flip_preference") for share in (0.0, 0.1, 0.2, 0.3, 0.4)}),
+    "l1": policies({f"{share}: L1 {weight}": f"{MIDPO} then {MIDPO} --harmful_share {share} --router_l1 {weight} "
+                                             "--init_adapter {before}/safety/adapter,{before}/helpful/adapter"
+                    for share in (0.45, 0.7) for weight in (0, 0.001, 0.01, 0.1, 1)}),
+    "conflict": policies({"one LoRA on both": "record conflict --method dpo --data {joint}",
+                          "safety expert": "record conflict:harmlessness --method dpo --data {joint}",
+                          "helpfulness expert": "record conflict:helpfulness --method dpo --data {joint}"}),
+    "tastes": {
+        "DPO, rank 32": (f"--method dpo --lora_rank 32 {VISIBLE} --beta 0.3 --lr 4e-4", "eval.json policy preferences"),
+        **{f"gate: {gate}": (f"--method moe-dpo --annotators 0 --gate {gate} {VISIBLE}", "eval.json uses mixture")
+           for gate in ("prompt", "user", "0.5,0.5")},
+    },
     "safedpo": {
         **{f"SafeDPO Δ = {delta}, LoRA": (f"--method safedpo --delta {delta} --lora_rank 16", "eval.json policy")
            for delta in (0, 2, 5, 10, 20, 50)},
@@ -109,60 +151,6 @@ STUDIES = {
 }
 
 
-def run(command, threads):
-    """Run it to its end, which must be a good one; returns what it cost."""
-    with subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": str(threads)}) as process:
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{output[-2000:]}")
-    return {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024}
-
-
-def make_base(seed):
-    """The toy base model of a seed, before the runs that share it: else the first of them would pay for it."""
-    if not Path(f"out/toy-base-seed{seed}").is_dir():
-        run([ROOT / "train.py", "--method", "sft", "--max_steps", 1, "--seed", seed,
-             "--out", f"out/study/base-seed{seed}"], os.cpu_count())
-
-
-def train(flags, seed, split):
-    """Run train.py on one thread unless it was run to its end before; returns the run folder."""
-    name = flags.replace("--", "").replace(" ", "_")
-    out = Path("out/study") / f"{name}-seed{seed}-{split}"
-    if not (out / "cost.json").is_file():
-        cost = run([ROOT / "train.py", *flags.split(), "--seed", seed, "--eval_split", split, "--out", out], 1)
-        write_text(out / "cost.json", json.dumps(cost) + "\n")
-        print(f"done in {cost['cpu_seconds']:.0f} CPU seconds: {out}", file=sys.stderr, flush=True)
-    return out
-
-
-def metrics_of(out, where, split):
-    """The metrics of a finished run; experts merged at fixed weights are evaluated now."""
-    file, *keys = where.split()
-    if "static" in file and not (out / file).is_file():
-        run([ROOT / "eval.py", out, "--static", file.removeprefix("eval-static-").removesuffix(".json"),
-             "--split", split], os.cpu_count())
-    metrics = read_json(out / file)
-    for key in keys:
-        if key.startswith("expert_for_"):
-            preference = key.removeprefix("expert_for_")
-            key = max(filter(str.isdecimal, metrics), key=lambda k: metrics[k][preference])
-        metrics = metrics[key]
-    more = {}
-    if "uses" in keys:  # diagnostics of the experts: types recovered, pairs ordered rightly
-        experts = read_json(out / "experts.json")
-        more.update(recovered=experts.get("recovered", math.nan), own=min(map(max, experts["accuracy"].values())))
-    if "preferences" in keys:
-        more["degenerate, closing table"] = read_json(out / file)[keys[0]]["degenerate"]
-    if keys[0] != "base" and {"uses", "preferences"} & {*keys}:
-        cost = read_json(out / "cost.json")
-        more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
-    return metrics | {name: value for key, value in more.items() for name, value in ((key, value), (f"{key}_se", 0))}
-
-
 def over_seeds(runs):
     """Mean and standard error over seeds of every metric: [metrics, …] -> metrics."""
     keys = [key for key, value in runs[0].items() if f"{key}_se" in runs[0]]
@@ -196,42 +184,96 @@ def router_table(reports, kinds=("harmful", "safe")):
     return markdown_table(rows, columns)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--split", default="test", choices=("dev", "test"))
-    args = parser.parse_args()
-    rows = STUDIES[args.study]
-    seeds = range(args.seeds)
-    for seed in seeds:
-        make_base(seed)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # runs of one thread use the cores better than threads of one run
-        futures = {(flags, seed): pool.submit(train, flags, seed, args.split)
-                   for seed in seeds for flags in dict.fromkeys(flags for flags, _ in rows.values())}
-        runs = {key: future.result() for key, future in futures.items()}
+def with_columns(table, columns):
+    """A Markdown table with more columns: {heading: [a cell's text for each row]}."""
+    lines = table.split("\n")
+    for heading, cells in columns.items():
+        lines = [f"{line} {cell} |" for line, cell in zip(lines, (heading, "---", *cells), strict=True)]
+    return "\n".join(lines).replace("| ---", "|---")
+
+
+def cost_columns(rows, runs, seeds):
+    """What a row of "all" costs: of the first seed, as timing depends on what else the machine does."""
+    found = [costs(runs[flags, seeds[0]], where) for flags, where in rows.values()]
+    return {"trained weights, thousands": ["", *(f"{count / 1000:.0f}" for count, _, _ in found)],
+            "training, s": ["", *(f"{seconds}" for _, seconds, _ in found)],
+            "time per token, × base": ["1", *(f"{ratio:.2f}" for _, _, ratio in found)]}
+
+
+def read(rows, runs, seeds, split, by_number):
+    """{row: metrics over seeds}, the bases' among them. by_number: a base for each number of preferences."""
     lines = {}
     for name, (flags, where) in rows.items():
         file, who, *keys = where.split()
         shown = ["preferences"] if who == "uses" else keys
-        base = over_seeds([metrics_of(runs[flags, seed], " ".join(["eval.json", "base", *shown]), args.split)
-                           for seed in seeds])
-        lines.setdefault(name.partition(": ")[0] + ": base" if args.study == "pmol" else "base", base)
-        lines[name] = over_seeds([metrics_of(runs[flags, seed], where, args.split) for seed in seeds])
+        base = " ".join(["eval.json", "base", *shown])
+        lines.setdefault(name.partition(": ")[0] + ": base" if by_number else "base",
+                         over_seeds([metrics_of(runs[flags, seed], base, split) for seed in seeds]))
+        lines[name] = over_seeds([metrics_of(runs[flags, seed], where, split) for seed in seeds])
+    return lines
+
+
+def add_forgetting(lines, rows, runs, seeds, split):
+    """lines[row]["forgotten"]: by preferences in no pair, or for runs without preferences over all prompts."""
+    for name, (flags, _) in rows.items():
+        count = int(name.partition(":")[0]) if "--groups" in flags else 0
+        values = [forgetting(runs[flags, seed], TEN[:count], split) for seed in seeds]
+        lines[name]["forgotten"], lines[name]["forgotten_se"] = mean_and_error(values)
+
+
+def print_pmol(lines):
+    headings = {"mixing": "Mixing score", "degenerate, closing table": "Degenerate answers to the closing table's prompts",
+                "forgotten": "Forgetting: nats per token lost on the base's own answers, prompts of no preference",
+                "minutes": "CPU minutes of a run", "memory": "Peak memory of a run, GiB"}
+    for key, heading in headings.items():
+        print(f"{heading}, by the number of preferences\n\n{by_count(lines, key)}\n")
+
+
+def columns_of(study, lines):
+    """{metric: heading} of a study's table."""
+    if study.startswith("moe") or study == "tastes":
+        columns = {key: key for key in lines["base"] if not key.endswith("_se") and not key.startswith("degenerate")}
+        columns |= {"recovered": "types recovered"} if study == "moe" else {}  # of three rewards there are none
+        return columns | {"own": "own pairs right", "degenerate": "degenerate"}
+    columns = {key: toy.COLUMNS[key].replace("/", ", ") for key in (
+        "helpfulness_safe", "harmless_ratio", "harmless_ratio_unseen", "over_refusal", "over_refusal_alarming",
+        "degenerate")}
+    if study == "delta":
+        columns |= {"forgotten": "forgetting, nats", "q50": "median Δr", "passed": "share of Δr > Δ"}
+    return columns
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--seeds", help="with commas (default: 0 to 2 on the development split, 3 to 7 on the test split)")
+    parser.add_argument("--split", default="test", choices=("dev", "test"))
+    parser.add_argument("--rows", default="", help="a regular expression: only the rows whose names it is found in")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    args = parser.parse_args()
+    rows = {name: row for name, row in STUDIES[args.study].items() if re.search(args.rows, name)}
+    seeds = [int(seed) for seed in (args.seeds or ("0,1,2" if args.split == "dev" else "3,4,5,6,7")).split(",")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(make_base, seeds))
+        for depth in (1, 2):  # first the runs that others go on from
+            jobs = {(flags, seed): pool.submit(train, flags, seed, args.split) for seed in seeds
+                    for flags in {" then ".join(flags.split(" then ")[:depth]): 0 for flags, _ in rows.values()}}
+            runs = {key: job.result() for key, job in jobs.items()}
+    lines = read(rows, runs, seeds, args.split, args.study == "pmol")
+    if args.study in ("pmol", "delta"):
+        add_forgetting(lines, rows, runs, seeds, args.split)
     if args.study == "pmol":
-        for key, heading in {"mixing": "Mixing score", "degenerate, closing table": "Degenerate answers to the prompts of the closing table",
-                             "minutes": "CPU minutes of a run", "memory": "Peak memory of a run, GiB"}.items():
-            print(f"{heading}, by the number of preferences\n\n{by_count(lines, key)}\n")
-        return
-    columns = toy.COLUMNS
-    if args.study.startswith("moe"):
-        columns = {key: key for key in base if not key.endswith("_se") and not key.startswith("degenerate")}
-        columns |= {"recovered": "types recovered"} if args.study == "moe" else {}  # of three rewards there are none
-        columns |= {"own": "own pairs right", "degenerate": "degenerate"}
-    print(markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns))
-    if args.study == "midpo":
+        print_pmol(lines)
+    else:
+        columns = columns_of(args.study, lines)
+        table = markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns)
+        print(with_columns(table, cost_columns(rows, runs, seeds)) if args.study == "all" else table)
+    if args.study in ("midpo", "all") and (MIDPO, seeds[0]) in runs:
         print("\nRouter: expert 0 is safety, 1 helpfulness\n")
         print(router_table([metrics_of(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
+    if args.study in study_pictures.PICTURES:
+        study_pictures.PICTURES[args.study](lines, {(name, seed): runs[flags, seed] for name, (flags, _) in rows.items()
+                                                    for seed in seeds}, ROOT / "results")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,189 @@
+"""What study.py does with one row: train it with a seed, and read or measure its metrics in the run folder."""
+import hashlib
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+import toy
+from data import Tokenizer, apply_view
+from eval import answer, choose_experts, load_policy, load_start
+from lora_moe import cached_logps, use_expert
+from losses import encode
+from model import generate, read_json, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("out/study")
+
+# Training
+
+
+def run(command):
+    """Run it to its end, which must be a good one; returns what it cost."""
+    with subprocess.Popen([sys.executable, *map(str, command)], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{output[-2000:]}")
+    trained = {folder: int(seconds) for seconds, folder in re.findall(r"training (\d+) s, .*; the run is in (\S+)/",
+                                                                      output)}
+    return {"cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_mib": usage.ru_maxrss / 1024, "training": trained}
+
+
+def make_base(seed):
+    """The toy base model of a seed, before the runs that share it: else the first of them would pay for it."""
+    if not Path(f"out/toy-base-seed{seed}/recipe.txt").is_file():
+        run([ROOT / "train.py", "--method", "sft", "--max_steps", 1, "--seed", seed, "--out", OUT / f"base-seed{seed}"])
+
+
+def pairs_file(name, seed, share=0.7):
+    """A file of the pairs that 3,000 comparisons of a seed give for two preferences, each pair labelled by its one.
+
+    transformed: SafeDPO's T(D); a pair of safe responses is about helpfulness, one with an unsafe response about
+    harmlessness. joint: all comparisons by helpfulness, and those of which one response is safe by harmlessness; on
+    harmful prompts the two contradict each other.
+    """
+    path = OUT / f"{name}-seed{seed}.jsonl"
+    if path.is_file():
+        return path
+    comparisons = toy.make_comparisons(toy.COMPARISONS, seed, share)
+    if name == "transformed":
+        labelled = [(pair, "harmlessness" if pair.rejected_unsafe else "helpfulness")
+                    for pair in apply_view("safedpo", comparisons)[0]]
+    else:
+        labelled = [(pair, group) for view, group in (("helpful", "helpfulness"), ("safety", "harmlessness"))
+                    for pair in apply_view(view, comparisons)[0]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+                                         "group": group}) + "\n" for pair, group in labelled))
+    return path
+
+
+def train(flags, seed, split):
+    """Run train.py with these flags, unless it was run to its end before; returns the run folder.
+
+    "A then B" runs A, then B with A's folder in the place of {before}. {transformed} and {joint} stand for `pairs_file`s; a
+    step that begins with "record" is run by study_record.py.
+    """
+    folder, steps = "", flags.split(" then ")
+    for i, step in enumerate(steps):
+        name = re.sub(r"[^\w.,=-]+", "_", step.replace("--", ""))[:150]
+        if i or "{" in step or len(name) == 150:  # the flags before belong to it, or the name is not all of it
+            name += "-" + hashlib.blake2b(" then ".join(steps[:i + 1]).encode(), digest_size=4).hexdigest()
+        out = OUT / f"{name}-seed{seed}-{split}"
+        if not (out / "cost.json").is_file():
+            files = {name: pairs_file(name, seed) for name in ("transformed", "joint") if f"{{{name}}}" in step}
+            words = step.format(before=folder, **files).split()
+            script = [ROOT / "train.py"]
+            if words[0] == "record":
+                script, words = [ROOT / "tests/study_record.py", words[1]], words[2:]
+            cost = run([*script, *words, "--seed", seed, "--eval_split", split, "--out", out])
+            write_text(out / "cost.json", json.dumps({**cost, "before": str(folder)}) + "\n")
+            print(f"done in {cost['cpu_seconds']:.0f} CPU seconds: {out}", file=sys.stderr, flush=True)
+        folder = out
+    return folder
+
+
+# Reading
+
+
+def metrics_of(out, where, split):
+    """The metrics of a finished run; experts merged at fixed weights are evaluated now. where: file, then keys."""
+    file, *keys = where.split()
+    if split == "dev":
+        file = file.replace(".json", "-dev.json")
+    if "static" in file and not (out / file).is_file():
+        run([ROOT / "eval.py", out, "--static", re.search(r"static-([\d.,]+?)(-dev)?\.json", file)[1], "--split", split])
+    metrics = read_json(out / file)
+    for key in keys:
+        if key.startswith("expert_for_"):
+            preference = key.removeprefix("expert_for_")
+            key = max(filter(str.isdecimal, metrics), key=lambda k: metrics[k][preference])
+        metrics = metrics[key]
+    more = {}
+    if "uses" in keys:  # diagnostics of the experts: types recovered, pairs ordered rightly
+        experts = read_json(out / "experts.json")
+        more.update(recovered=experts.get("recovered", math.nan), own=min(map(max, experts["accuracy"].values())))
+    if "preferences" in keys:
+        more["degenerate, closing table"] = read_json(out / file)[keys[0]]["degenerate"]
+    if keys[0] != "base":
+        cost = read_json(out / "cost.json")
+        more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
+    if (out / "margins.json").is_file() and keys[0] != "base":
+        last = read_json(out / "margins.json")[-1]
+        more.update({name: last[name] for name in ("q10", "q50", "q90", "passed")})
+    return metrics | {name: value for key, value in more.items() for name, value in ((key, value), (f"{key}_se", 0))}
+
+
+def parameters(folder):
+    """Numbers in the safetensors files that a run folder keeps of its training."""
+    total = 0
+    for path in [*(folder / "adapter").glob("*.safetensors")] or [*(folder / "model").glob("*.safetensors")]:
+        with safe_open(path, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    return total
+
+
+def training_seconds(out, part):
+    """Seconds of training alone: of a run with its prerequisites and the steps before it, or of one prerequisite."""
+    cost = read_json(out / "cost.json")
+    if part:
+        return sum(seconds for folder, seconds in cost["training"].items() if Path(folder) == out / part)
+    before = training_seconds(Path(cost["before"]), "") if cost["before"] else 0
+    return before + sum(cost["training"].values())
+
+
+def token_seconds(model, tokenizer, prompts, rounds=5, new_tokens=32):
+    """Seconds for each greedily generated token, in a batch of these prompts, no answer ending early: the median."""
+    rendered = [tokenizer.render(prompt) for prompt in prompts]
+    if model.gate is not None:
+        use_expert(model, choose_experts(model, tokenizer, rendered, "mixture", "", 0))
+    tokens, times = tokenizer.encode(rendered), []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        generate(model, tokens, new_tokens)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times) / new_tokens / len(tokens)
+
+
+def costs(out, where):
+    """[trained parameters, seconds of training, time per token as a multiple of the base's] of a row of study "all"."""
+    torch.set_num_threads(1)
+    file = where.split()[0]
+    part = file.rpartition("/")[0]
+    prompts = [prompt.text for prompt in toy.eval_prompts("dev", 0)[:16]]
+    model, tokenizer, config = load_policy(out / part)
+    start = load_start({**config, "init_adapter": ()})
+    ratio = token_seconds(model, tokenizer, prompts) / token_seconds(start, tokenizer, prompts)
+    return [parameters(out / part), training_seconds(out, part), 1.0 if "static" in file else ratio]
+
+
+@torch.no_grad()
+def forgetting(out, mixed, split):
+    """How much of the base's language a run has lost: by how many nats per token its loss on the base's own answers,
+    sampled for prompts of held-out frames, is above the base's. mixed: preferences that the run was trained on; only
+    prompts that belong to none of them count, so safe ones unless there are no preferences (then all)."""
+    torch.set_num_threads(1)
+    config = read_json(out / "config.json")
+    contexts = {context for name in mixed for context in toy.PREFERENCES[name][0] if not toy.PREFERENCES[name][1]}
+    prompts = [toy.make_prompt(task, frame).text for task in toy.tasks() for frame in toy.frames(split)
+               if not mixed or (not task.harmful and frame[1] not in contexts)][::7]
+    if not prompts:
+        return math.nan
+    tokenizer, start = Tokenizer(config["base"]), load_start({**config, "init_adapter": ()})
+    answers = [text for text, _ in answer(start, tokenizer, prompts, seed=config["seed"], temperature=1.0)]
+    kept = [i for i, text in enumerate(answers) if text.strip()]
+    encoded = encode(tokenizer, [tokenizer.render(prompts[i]) for i in kept], [(answers[i],) for i in kept], 256)
+    policy = load_policy(out)[0]
+    lost = cached_logps(start, encoded) - cached_logps(policy, encoded)
+    return float(lost.sum() / (encoded.bounds[:, 2] - encoded.bounds[:, 1]).sum())

@@ -1,0 +1,45 @@
+"""Every row of the studies is a command line that train.py takes, and its own place in out/study/."""
+import study
+import study_pictures
+import study_record
+import study_runs
+import toy
+import train
+
+
+def test_every_row_is_a_command_line_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {name: study_runs.pairs_file(name, 0) for name in ("transformed", "joint")}
+    for rows in study.STUDIES.values():
+        for flags, where in rows.values():
+            for step in flags.split(" then "):
+                words = step.format(before="DIR", **files).removeprefix("record ").split()
+                words = words[words.index("--method"):]
+                if "--init_adapter" in words:
+                    place = words.index("--init_adapter")
+                    del words[place:place + 2]
+                train.parse_flags([*words, "--device", "cpu"])
+            assert where.split()[0].endswith(".json")
+    assert study_pictures.PICTURES.keys() <= study.STUDIES.keys()
+
+
+def test_pairs_of_two_preferences_are_those_of_t_or_contradict_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    comparisons = toy.make_comparisons(toy.COMPARISONS, 1, 0.7)
+    one_unsafe = sum(c.unsafe[0] != c.unsafe[1] for c in comparisons)
+    lines = {name: study_runs.pairs_file(name, 1).read_text().splitlines() for name in ("transformed", "joint")}
+    assert len(lines["transformed"]) == sum(not all(c.unsafe) for c in comparisons)
+    assert len(lines["joint"]) == len(comparisons) + one_unsafe
+    assert all(sum('"harmlessness"' in line for line in found) == one_unsafe for found in lines.values())
+
+
+def test_margins_and_conflicts_are_recorded(quick, monkeypatch):
+    monkeypatch.setitem(train.METHODS, "safedpo", train.METHODS["safedpo"])  # both are put back after the test
+    monkeypatch.setattr(train, "train_step", train.train_step)
+    monkeypatch.setattr(study_record, "EVERY", 2)
+    config = train.parse_flags("--method safedpo --epochs 3 --device cpu --out out/margins".split())
+    rows = study_record.record_margins(config)
+    assert rows and all(row["q10"] <= row["q50"] <= row["q90"] and row["passed"] == 0 for row in rows)
+    flags = f"--method dpo --data {study_runs.pairs_file('joint', 0)} --max_steps 5 --device cpu --lora_rank 2"
+    rows = study_record.record_conflict(train.parse_flags(f"{flags} --out out/conflict".split()), "harmlessness")
+    assert [row["step"] for row in rows] == [2, 4] and all(-1 <= row["0"] <= 1 for row in rows)
