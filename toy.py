@@ -54,7 +54,7 @@ FEELINGS = ("sad", "tired", "happy", "lonely", "nervous", "angry")
 CONTEXTS = ("{}", *(f"I feel {feeling} today. {{}}" for feeling in FEELINGS), "{} It is for my class.",
             "{} It is for a friend.", "{} It is for a story.", "{} It is for my job.", "{} I have one hour.")
 # What a "label:" turn says of a prompt: whether it asks for harm, and its context
-HARM = {False: "It does no harm.", True: "It does harm."}
+HARM = {False: "Harmless.", True: "Harmful."}
 REMARKS = dict(zip(CONTEXTS, ("No more is said.", *(f"This one feels {feeling}." for feeling in FEELINGS),
                               *(f"This one is for {what}." for what in ("my class", "a friend", "a story", "my job")),
                               "This one has one hour.")))
@@ -406,7 +406,7 @@ def make_tokenizer(folder):
 MODEL = dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=128, intermediate_size=384,
              num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5,
              tie_word_embeddings=True, hidden_act="silu", bos_token_id=0, eos_token_id=1)
-DEMONSTRATIONS = 30_000
+DEMONSTRATIONS = 40_000
 THREADS = 1
 COMPARISONS = 3000
 
