@@ -162,6 +162,34 @@ def test_no_training_prompt_is_in_the_test_split(hub):
     assert lines[1].startswith("split: 1 training comparisons dropped")
 
 
+def test_prompts_that_differ_by_spaces_at_their_ends_are_one_prompt(tmp_path):
+    """Whether a share of them is held out, or they lie in a test file."""
+    rows = [{**ROW, "prompt": text} for i in range(200) for text in (f"question {i}", f" question {i}\n")]
+    write_rows(tmp_path / "train.jsonl", *rows)
+    for test_rows in ((), rows[:20:2], rows[1:20:2]):
+        if test_rows:
+            write_rows(tmp_path / "test.jsonl", *test_rows)
+        parts = load(str(tmp_path), held_out=0.1)[:2]
+        training, held_out = ({prompt.strip() for prompt in prompts(part)} for part in parts)
+        assert held_out and not training & held_out and len(training) + len(held_out) == 200
+
+
+@pytest.mark.parametrize("names, wanted, held_out", (
+    (("rows.jsonl", "validation.jsonl"), {"rows.jsonl"}, set()),
+    (("part-1.jsonl", "part-2.jsonl", "dev.jsonl", "x_eval-0.jsonl", "valid/0.jsonl"),
+     {"part-1.jsonl", "part-2.jsonl"}, set()),
+    (("rows.jsonl", "test.jsonl", "validation.jsonl"), {"rows.jsonl"}, {"test.jsonl"}),
+    (("train.jsonl", "more.jsonl", "test/a.jsonl"), {"train.jsonl"}, {"test/a.jsonl"}),
+    (("contest.jsonl", "evaluations.jsonl"), {"contest.jsonl", "evaluations.jsonl"}, set())), ids=str)
+def test_only_files_of_training_are_trained_on(tmp_path, names, wanted, held_out):
+    """Also where no file is named after training."""
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = [{path.relative_to(tmp_path).as_posix() for path in paths} for paths in source_files(str(tmp_path))]
+    assert found == [wanted, held_out]
+
+
 def many(tmp_path, order=1):
     rows = [{**ROW, "prompt": f"question {i // 2}"} for i in range(2000)][::order]
     return load(str(write_rows(tmp_path / "rows.jsonl", *rows)), seed=3, held_out=0.1)
