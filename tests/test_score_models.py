@@ -2,6 +2,7 @@
 a time."""
 import json
 import math
+import shutil
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 import data
 import eval as eval_file
 import toy
-from conftest import (BASE, COMPARISONS, LAYOUTS, SMALL_MODEL, first_batch, json_lines, mistake, rows, run, score_alone,
-                      scored_file, small_pairs, softplus, write_rows)
+from conftest import (BASE, COMPARISONS, LAYOUTS, SMALL_MODEL, edit_json, edit_tensors, first_batch, json_lines,
+                      mistake, rows, run, score_alone, scored_file, small_pairs, softplus, write_rows)
 from data import Tokenizer, apply_view, read_comparisons
 from model import ModelConfig, ScoreModel, Transformer, UserError
 
@@ -95,6 +96,24 @@ def test_packed_and_batched_scores_are_those_of_single_sequences(judges):
         judge = eval_file.load_score_model(folder)
         assert eval_file.score(*judge, texts, batch_size=5) == pytest.approx(alone, rel=1e-4, abs=1e-5)
         assert statistics.stdev(alone) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("template, form", ((None, "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:{}</s>"),
+                                            ("plain", "{}\n{}</s>")), ids=("their own", "plain"))
+def test_score_models_of_safe_rlhf_are_asked_in_their_own_format(judges, tmp_path, template, form):
+    """Unless another one is named."""
+    folder = shutil.copytree(judges["cost"], tmp_path / "beaver")
+    edit_tensors(folder / "model.safetensors", lambda t: t.update({"score_head.weight": t.pop("score.weight")}))
+    edit_json(folder / "config.json", architectures=["LlamaForScore"], score_type="cost", bias=False)
+    edit_json(folder / "tokenizer_config.json", add_bos_token=True)
+    model, tokenizer = ScoreModel.from_pretrained(judges["cost"]), Tokenizer(folder)
+    texts, alone = [(pair.prompt, pair.chosen) for pair in small_pairs("helpful")[:4]], []
+    for text in texts:
+        ids = tokenizer.encode([tokenizer.bos + form.format(*text)])
+        alone.append(float(model(torch.tensor(ids), torch.tensor([len(ids[0]) - 1]))))
+    scores = eval_file.score(*eval_file.load_score_model(folder, template), texts)
+    assert scores == pytest.approx(alone, rel=1e-4, abs=1e-5) and statistics.stdev(alone) > 1e-2
 
 
 # Margins of SPE-DPO
@@ -241,6 +260,14 @@ def test_ultrafeedback_scores_follow_the_completions_into_the_pairs(judges, tmp_
     assert [c.scores["cost"] for c in comparisons] == [[values[0], values[j]] for j in (2, 3, 2)]
 
 
+def test_scores_that_a_row_has_by_other_names_stay(judges, tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "scores": {"mine": [1, 2.5], "reward": [7.0, 7.0]}}
+    eval_file.main(["--score", str(write_rows(tmp_path / "rows.jsonl", row)), "--out", str(tmp_path / "out.jsonl"),
+                    "--reward_model", judges["reward"], "--device", "cpu"])
+    [scored], alone = json_lines(tmp_path / "out.jsonl"), score_alone(judges["reward"])
+    assert scored["scores"] == {"mine": [1, 2.5], "reward": pytest.approx([alone("p", "a"), alone("p", "b")], abs=1e-5)}
+
+
 def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(10)))
     whole = score_file(judges, tmp_path / "whole.jsonl", file)
@@ -265,6 +292,28 @@ def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypa
     assert len(resumed) == 10
     for one, other in zip(whole, resumed):
         assert other["scores"] == {name: pytest.approx(values, abs=1e-5) for name, values in one["scores"].items()}
+
+
+def test_a_partial_file_by_another_score_model_is_not_gone_on_with(judges, tmp_path, monkeypatch):
+    """Also where the other one has taken its place in the same folder."""
+    file = write_rows(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(4)))
+    out, reward, score = tmp_path / "out.jsonl", str(shutil.copytree(judges["reward"], tmp_path / "judge")), data.score
+
+    def stops(*arguments):
+        if any(len(path.read_text().splitlines()) == 2 for path in tmp_path.glob("*.partial")):
+            raise KeyboardInterrupt
+        return score(*arguments)
+    monkeypatch.setattr(data, "BLOCK", 2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "score", stops)
+        score_file({**judges, "reward": reward}, out, file)
+    shutil.copytree(judges["cost"], reward, dirs_exist_ok=True)
+    for others in ({"reward": judges["cost"], "cost": judges["reward"]}, {**judges, "reward": reward}):
+        for name, folder in others.items():
+            alone = score_alone(folder)
+            for row in score_file(others, out, file):
+                expected = [alone(row["prompt"], row[f"response_{i}"]) for i in (0, 1)]
+                assert row["scores"][name] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_partial_file_of_other_rows_is_not_gone_on_with(judges, tmp_path):
