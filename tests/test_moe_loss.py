@@ -162,6 +162,20 @@ def test_an_annotators_comparisons_share_one_latent_expert():
             assert torch.allclose(inputs[2].grad[pairs].sum(0), other[2].grad[pairs].sum(0), rtol=1e-9, atol=1e-12)
 
 
+def test_an_annotators_prior_is_the_mean_of_the_gates_log_weights_renormalised():
+    """Where the gate says something else of each of their comparisons: ∏ w^(1/n), divided by its sum over experts."""
+    policy, reference, logits = (value.detach() for value in draw(3, 6, scale=2.0))
+    annotator, fit, expected = [0, 1, 0, 1, 1, 0], sigmoids(policy, reference, 0.4), 0.0
+    for u in (0, 1):
+        pairs = [n for n in range(6) if annotator[n] == u]
+        means = [math.prod(float(weights_of(logits, n)[k]) for n in pairs) ** (1 / 3) for k in range(3)]
+        assert sum(means) < 0.95
+        likelihood = sum(means[k] / sum(means) * math.prod(float(fit[k, n]) for n in pairs) for k in range(3))
+        expected -= math.log(likelihood) / 6
+    loss, _ = moe_dpo_loss(policy, reference, logits.log_softmax(-1), 0.4, annotator=torch.tensor(annotator))
+    assert float(loss) == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_tempered_e_step_gives_the_bound_of_its_own_responsibilities():
     for temperature in (0.5, 2.0, 5.0):
         inputs = draw(3, 5)
@@ -195,6 +209,15 @@ def test_metrics_are_means_over_the_pairs(objective):
                          **{f"responsibility/{k}": float(w[k] * fit[k, n] / p) / 8 for k in (0, 1)}})
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(dict(expected), rel=1e-6)
     assert 0 < expected["rewards/accuracies"] < 1 and not any(value.requires_grad for value in metrics.values())
+
+
+def test_a_pair_is_right_where_the_mixture_says_more_than_one_half_not_where_the_mean_margin_is_positive():
+    """Of expert 0 with weight 0.8, 0.8 · σ(1) = 0.58 is enough, whatever expert 1 says; the mean margin is −1.2."""
+    for sign, right in ((1, 1.0), (-1, 0.0)):
+        policy = torch.tensor([[[1.0, 0.0]], [[-10.0, 0.0]]]) * sign                            # (K, N, 2)
+        metrics = moe_dpo_loss(policy, torch.zeros(2, 1, 2), torch.tensor([[0.8, 0.2]]).log(), 1.0)[1]
+        assert float(metrics["rewards/margins"]) == pytest.approx(-1.2 * sign)
+        assert float(metrics["rewards/accuracies"]) == right
 
 
 def loss_at(c, comparisons, annotators):
