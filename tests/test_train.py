@@ -19,12 +19,12 @@ import lora_moe
 import model as model_file
 import toy
 import train
-from conftest import (BASE, ROOT, brute_force, check_that_it_is_evaluated_again_alike, files_of, first_batch, ids_of,
-                      interrupt_at, leftovers, load_run, logits_of, logp_alone, packed_logps, rows, run, small_pairs,
-                      timeless)
+from conftest import (BASE, ROOT, SHAPES, SIZES, brute_force, check_that_it_is_evaluated_again_alike, files_of,
+                      first_batch, ids_of, interrupt_at, leftovers, load_run, logits_of, logp_alone, packed_logps, rows,
+                      run, small_pairs, timeless)
 from data import Tokenizer, encode_pairs
 from lora_moe import load_adapter, perturb_experts
-from model import Transformer, read_json
+from model import ModelConfig, Transformer, read_json
 
 LOGGED = ("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
           "logps/rejected", "grad_norm", "lr", "tokens/s")
@@ -72,7 +72,7 @@ def test_a_run_writes_its_settings_metrics_weights_and_answers(place, policies, 
 
 
 def test_a_finished_run_is_evaluated_again_with_the_same_result(place, capsys):
-    for name, flags in (("whole", ()), ("lora", ("--lora_rank", 4))):
+    for name, flags in (("whole", ()), ("lora", ("--lora_rank", 4)), ("template", ("--template", "alpaca"))):
         out = run(name, *flags, "--max_steps", 2)
         capsys.readouterr()
         check_that_it_is_evaluated_again_alike(out)
@@ -160,6 +160,17 @@ def test_the_first_weights_of_the_base_model_are_drawn_by_its_seed(place, monkey
     monkeypatch.setattr(train, "train", lambda *_: None)
     two, three = (load_file(train.toy_base(seed, "cpu") / "model.safetensors") for seed in (2, 3))
     assert not any(torch.equal(tensor, three[name]) for name, tensor in two.items() if tensor.dim() > 1)
+
+
+@pytest.mark.parametrize("shape", ("llama", "gpt2"))
+def test_the_first_weights_are_smaller_where_a_layer_adds_to_the_residual_stream(shape):
+    """As in GPT-2: normal, by 1/√(2 · layers), as every layer adds to the stream twice."""
+    config = {**SIZES, **SHAPES[shape], "num_hidden_layers": 8, "n_layer": 8, "hidden_size": 64, "n_embd": 64}
+    for name, weight in Transformer(ModelConfig.from_hf(config)).init_weights(0, deviation=0.1).state_dict().items():
+        adds = "self_attn.o_proj" in name or "mlp.down_proj" in name
+        if weight.dim() == 2:
+            assert weight.std().item() == pytest.approx(0.1 / 4 if adds else 0.1, rel=0.1), name
+            assert abs(weight.mean().item()) < 0.01, name
 
 
 def test_the_base_model_is_made_once_and_again_when_its_recipe_changes(place, monkeypatch):
@@ -404,6 +415,21 @@ def test_gradients_are_clipped_to_the_given_norm(place):
         sizes.append(max(float(move.abs().max()) for move in moves(out / "model/model.safetensors", base).values()))
         norms.append(rows(out)[0]["grad_norm"])
     assert 0 < sizes[1] < 1e-2 * sizes[0] and norms[0] == norms[1] > 1e-3, "the logged norm is the one before clipping"
+
+
+def test_checkpointing_computes_every_layer_twice_in_a_step_and_trains_the_same(place, monkeypatch):
+    computed, forward = [], model_file.Block.forward
+
+    def counting(block, *inputs):
+        computed.append(torch.is_grad_enabled())
+        return forward(block, *inputs)
+    monkeypatch.setattr(model_file.Block, "forward", counting)
+    losses = {}
+    for name, again in (("kept", ()), ("again", ("--checkpointing",))):
+        computed.clear()
+        losses[name] = [row["loss"] for row in rows(run(name, "--max_steps", 3, "--log_every", 1, *again))]
+        assert sum(computed) == 3 * toy.MODEL["num_hidden_layers"] * (1 + len(again))
+    assert losses["again"] == pytest.approx(losses["kept"], rel=1e-6)
 
 
 @pytest.mark.parametrize("steps, warmup", ((100, 0.03), (100, 0.0), (7, 0.5), (1, 0.03), (1, 0.0)))
