@@ -106,6 +106,15 @@ def test_every_response_token_is_predicted_once_from_the_token_before_it(packed)
     assert sorted(got) == sorted(expected)
 
 
+def test_last_is_where_a_response_ends_or_where_it_is_empty_the_prompt(packed):
+    encoded, indices, batch = packed
+    for n, index in enumerate(indices):
+        prompt, *responses = pieces(encoded, index)
+        places = batch.last[n]
+        assert batch.tokens.flatten()[places].tolist() == [(response or prompt)[-1] for response in responses]
+        assert set(batch.pair.flatten()[places].tolist()) == {n}
+
+
 def test_lengths_and_labels_belong_to_their_pair(packed):
     encoded, indices, batch = packed
     assert batch.lengths.tolist() == [[len(r) for r in pieces(encoded, i)[1:]] for i in indices]
