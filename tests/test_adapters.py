@@ -83,6 +83,24 @@ def test_an_adapter_for_another_family_is_refused():
     assert "no layer is called 'c_attn'" in line_of(load_adapter, load_fixture("llama"), FIXTURES / "adapter_gpt2")
 
 
+def test_a_pattern_is_about_layers_whose_name_ends_in_it(tmp_path):
+    """As PEFT matches it: a regular expression of one or more whole parts at the end of a layer's name."""
+    folder = shutil.copytree(FIXTURES / "adapter_list", tmp_path / "adapter")
+    alpha = read_json(folder / "adapter_config.json")["lora_alpha"]
+
+    def of_pattern(*keys):
+        edit_json(folder / "adapter_config.json", alpha_pattern={key: 99 for key in keys})
+        layers = {name: layer.alpha for name, layer in expert_layers(load_adapter(load_fixture("llama"), folder))}
+        assert set(layers.values()) <= {alpha, 99}
+        return {name.removeprefix("model.layers.") for name, value in layers.items() if value == 99}
+
+    assert of_pattern("self_attn", "layers.1", "model", "q", "proj", "_proj") == set()
+    assert of_pattern("q_proj") == {"0.self_attn.q_proj", "1.self_attn.q_proj"}
+    assert of_pattern("1.self_attn.q_proj") == {"1.self_attn.q_proj"}
+    assert of_pattern(r"layers\.0\..*_proj", "nothing") == {
+        name for name in of_pattern("q_proj", "v_proj", "[a-z]+_proj") if name.startswith("0.")}
+
+
 # To PEFT
 
 
