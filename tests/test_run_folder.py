@@ -9,7 +9,7 @@ import eval as eval_file
 import lora_moe
 import train
 from conftest import files_of, interrupt_at, mistake, rows, run, timeless
-from model import read_json
+from model import content_hash, read_json
 
 FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--max_steps", 4, "--log_every", 1)
 
@@ -136,6 +136,19 @@ def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
 
 
 # Inputs, splits and what is said
+
+
+def test_the_hash_of_files_sees_where_one_ends_and_the_next_begins(tmp_path):
+    def hash_of(*texts):
+        paths = [tmp_path / str(i) for i in range(len(texts))]
+        for path, text in zip(paths, texts):
+            path.write_text(text)
+        return content_hash(paths)
+
+    contents = (("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc"), ("abc",), ("c", "ab"), ("abc", "", ""))
+    assert len({hash_of(*texts) for texts in contents}) == len(contents)
+    assert hash_of("ab", "c") == hash_of("ab", "c")
+    assert len({content_hash([], *settings) for settings in (("a", "b"), ("ab",), ("b", "a"), ("a", None))}) == 4
 
 
 def test_an_input_that_lies_in_the_run_folder_is_refused(quick):
