@@ -88,6 +88,17 @@ def test_annotators_with_a_latent_expert_each_have_their_pairs_together(latent):
     assert sorted(order) == list(range(60)) and (len(turns) == 6) == (latent == "annotator")
 
 
+def test_no_annotator_with_a_latent_expert_is_split_over_the_passes_of_a_step(quick, passes):
+    run("run", "--method", "mix-dpo", "--lora_rank", 4, "--latent", "annotator", "--annotators", 12, "--batch_size", 4,
+        "--grad_accum", 2, "--max_steps", 6)
+    sizes = np.cumsum([len(indices) for _, indices in passes])
+    assert sizes[-1] == 6 * 8 and len(passes) > 6
+    for step in range(6):
+        seen = [set(encoded.labels["annotator"][indices]) for (encoded, indices), end in zip(passes, sizes)
+                if 8 * step < end <= 8 * step + 8]
+        assert sum(map(len, seen)) == len(set().union(*seen)), "each in one pass"
+
+
 PMOL = ("--method", "pmol", "--lora_rank", 4, "--log_every", 1, "--max_steps", 7)
 
 
