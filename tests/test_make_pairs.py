@@ -7,7 +7,7 @@ import pytest
 
 import data
 import eval as eval_file
-from conftest import BASE, json_lines, line_of, mistake, rows, run, write_rows
+from conftest import BASE, json_lines, line_of, mistake, rows, run, score_alone, write_rows
 from data import Tokenizer, read_comparisons
 from model import UserError, read_json
 
@@ -67,6 +67,18 @@ def test_the_file_is_preference_data_whose_groups_are_the_judges(asked):
     out = run("mixed", "--method", "moe-dpo", "--gate", "user", "--model", BASE, "--data", "pairs.jsonl", "--max_steps",
               1, "--lora_rank", 2, "--held_out", 0, "--batch_size", 2)
     assert len(rows(out)) == 1 and (out / "experts").is_dir()
+
+
+def test_score_models_are_named_by_their_folder_or_their_run(asked):
+    reward, cost = (run(name, "--method", name, "--max_steps", 4) / "model" for name in ("reward", "cost"))
+    Path(cost).rename("judge")
+    pairs = make(scorers=f"{reward},judge")
+    assert {pair["group"] for pair in pairs} == {"reward", "judge"}
+    for name, folder in (("reward", reward), ("judge", "judge")):
+        score = score_alone(folder)
+        for pair in (pair for pair in pairs if pair["group"] == name):
+            assert pair["scores"] == {name: pytest.approx([score(pair["prompt"], pair[part])
+                                                           for part in ("chosen", "rejected")], abs=1e-3)}
 
 
 def test_the_same_seed_samples_the_same_answers_and_another_does_not(asked):
