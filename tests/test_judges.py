@@ -4,6 +4,7 @@ import math
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,7 +210,15 @@ def test_a_slow_request_that_fails_costs_no_other_verdict(judge):
 
     one, server = judge(behave)
     assert one.ask_all(REQUESTS) == [None] + [{"better": "A"}] * 4 and one.counts["failed"] == 1
+    assert len(server.asked) == 5, "asking again is of no use"
     assert len(json_lines(one.path)) == 4
+
+
+def test_pauses_between_tries_become_longer(judge, monkeypatch):
+    pauses, (one, _) = [], judge(lambda number, body: (429, b"") if number < 4 else (200, completion('{"better": "A"}')))
+    monkeypatch.setattr(eval_file, "time", SimpleNamespace(sleep=pauses.append))
+    assert one.ask_all(REQUESTS[:1]) == [{"better": "A"}]
+    assert pauses == [Judge.PAUSE * factor for factor in (1, 2, 4, 8)]
 
 
 def test_a_server_that_never_answers_ends_in_one_line(judge):
