@@ -12,7 +12,7 @@ import torch
 
 import eval as eval_file
 import toy
-from conftest import (BASE, LAYOUTS, edit_json, json_lines, line_of, logp_alone, run, score_alone, small_pairs, tiny,
+from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_of, logp_alone, run, score_alone, small_pairs, tiny,
                       write_rows)
 from data import Tokenizer, load_sources
 from eval import read_prompts
@@ -154,6 +154,20 @@ def test_an_expert_a_sparse_mixture_and_fixed_weights_answer(asked):
     assert any(row["expert"] is None for path in out.glob("answers-*") for row in json_lines(path))
 
 
+def test_users_are_answered_by_the_experts_that_the_gate_gives_them_in_turn(asked):
+    out = run("run", "--method", "moe-dpo", "--lora_rank", 4, "--annotators", 4, "--max_steps", 1)
+    expert = {"warmth 000": 0, "warmth 002": 1, "curtness 001": 1, "curtness 003": 1}
+    names = eval_file.load_policy(out)[0].gate.spec["groups"]
+    edit_tensors(out / "experts/experts.safetensors", lambda tensors: tensors.update(
+        {"gate.weight": 99 * torch.eye(2)[[expert[name] for name in names]], "gate.bias": torch.zeros(2)}))
+    for users, experts in (("warmth", [0, 1]), ("curtness", [1, 1]), ("warmth 000", [0, 0])):
+        for path in out.glob("answers-*"):
+            path.unlink()
+        evaluate(out, "--users", users)
+        assert [row["expert"] for row in kept(out)] == [experts[i % 2] for i in range(len(ASKED))]
+    assert "has no user whose name begins so" in line_of(evaluate, out, "--users", "nobody")
+
+
 # Metrics, one answer at a time
 
 
@@ -218,11 +232,11 @@ def test_score_models_and_wins_are_those_of_single_answers(policy):
         assert rows[row]["reward"] == pytest.approx(rewards.mean(), rel=1e-3, abs=1e-5)
         assert rows[row]["harmlessness"] == pytest.approx(-costs.mean(), rel=1e-3, abs=1e-5)
         assert rows[row]["harmless_ratio"] == pytest.approx((costs <= 0).mean())
-        if row != other:
-            wins = np.sign(rewards - scores["reward", other])
-            assert rows[row]["wins_reward"] == pytest.approx((wins > 0).sum() / (wins != 0).sum(), abs=0.1)
+        for name, ahead in (("reward", rewards - scores["reward", other]), ("cost", scores["cost", other] - costs)):
+            if row != other:
+                assert rows[row][f"wins_{name}"] == pytest.approx((ahead > 0).sum() / (ahead != 0).sum())
     assert rows["start"]["scaled"] == pytest.approx(0, abs=1e-5) and rows[other]["scaled"] == pytest.approx(10)
-    assert "wins_reward" not in rows[other] or rows[other]["wins_reward"] is None
+    assert rows[other]["wins_reward"] is rows[other]["wins_cost"] is None, "the baseline is compared with nothing"
     assert reward in table["judges"]["reward"] and table["baseline"] == other
 
 
