@@ -682,7 +682,7 @@ def stop_signals():
 
     def note(number, frame):
         if came:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         came.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -695,13 +695,17 @@ def stop_signals():
 
 
 def as_command(main, name, interrupted):
-    """Run a program's main; a mistake of the user, or Ctrl-C, ends it with one line and exit status 1."""
+    """Run a program's main; one line ends it after a mistake of the user (exit status 1), Ctrl-C (130) or SIGTERM (0)."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except UserError as error:
         sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: {interrupted}")
+    except KeyboardInterrupt as stopped:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        sys.exit(0 if stopped.args == (signal.SIGTERM,) else 130)
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from filelock import Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from losses import batches, encode, longest, response_logps, sequence_logps
-from model import (ScoreModel, Transformer, UserError, atomic_file, atomic_folder, first_line, read_json, read_tensors,
-                   stored_name, write_text)
+from losses import ALONE, batches, encode, longest, response_logps, sequence_logps, whole_rows
+from model import (ScoreModel, Transformer, UserError, atomic_file, atomic_folder, first_line, one_line_if_full,
+                   read_json, read_tensors, stored_name, write_text)
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
@@ -449,19 +451,19 @@ def weights_hash(model):
     return digest.hexdigest()
 
 
-def cached_logps(model, encoded, dtype="float32", device="cpu"):
+def cached_logps(model, encoded, dtype="float32", device="cpu", processes=ALONE):
     """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
     in use, tokens and precision. Every run that needs the same finds them."""
     digest = hashlib.blake2b(f"{dtype} {weights_hash(model)}".encode(), digest_size=16)
     for array in (encoded.tokens, encoded.bounds):
         digest.update(np.ascontiguousarray(array))
     path = LOGPS_CACHE / f"logps-{digest.hexdigest()}.safetensors"
-    if path.is_file():
+    if processes.once(path.is_file):
         return load_file(path)["logps"]
-    logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        save_file({"logps": logps}, temporary)
+    logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device, processes)
+    if processes.rank == 0:
+        with atomic_file(path) as temporary:
+            save_file({"logps": logps}, temporary)
     return logps
 
 
@@ -747,29 +749,36 @@ def read_settings(out):
     return {**settings, "finished": settings.get("finished", False) and any((out / n).is_dir() for n in WEIGHT_FOLDERS)}
 
 
-def open_run(out, settings, free, resume):
+def open_run(out, settings, free, resume, lock):
     """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished and resumed.
 
-    settings: for config.json; free: names of those that may change when a run is resumed. Raises UserError when the
-    folder cannot be written, or a run is resumed with other settings.
+    settings: for config.json; free: names of those that may change when a run is resumed; lock: a FileLock, which the
+    system frees when this process ends, however it does. Raises UserError when another run writes there, the folder
+    cannot be written, or a run is resumed with other settings.
     """
+    with one_line_if_full(f"--out {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"--out {out}: another run is writing there; wait for it, or name another folder") from None
     finish_move(out)
     for folder in (out / ".new", out) if resume else ():
         before = read_settings(folder)
         if before.get("finished") or (folder / "checkpoint").is_dir():
-            for name in settings.keys() - free:
-                if before.get(name) != settings[name]:
-                    raise UserError(f"--resume: the run in {folder} has {name} = {before.get(name)}, "
-                                    f"not {settings[name]}")
+            others = [name for name in sorted(settings.keys() - free) if before.get(name) != settings[name]]
+            if others:
+                changed = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" if name != "inputs" else
+                                    "other contents of its input files" for name in others)
+                raise UserError(f"--resume: the run in {folder} has {changed}; give the same settings, or leave out "
+                                "--resume to begin a new run")
             return None if before.get("finished") else folder
     work = out / ".new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
-    try:
-        work.mkdir(parents=True, exist_ok=True)
+    with one_line_if_full(f"--out {out}"):
+        work.mkdir(exist_ok=True)
         for path in run_files(work):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_text(work / "config.json", json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    write_text(work / "config.json", json.dumps(settings, indent=2) + "\n")
     return work
 
 
@@ -826,30 +835,39 @@ def load_trained(run, base, dtype=torch.float32, device="cpu"):
 
 
 def open_metrics(path, first):
-    """metrics.jsonl, opened to append; rows of steps that a resumed run repeats are removed."""
-    rows = path.read_text(encoding="utf-8").splitlines() if first and path.is_file() else []
-    write_text(path, "".join(row + "\n" for row in rows if json.loads(row)["step"] <= first))
-    return open(path, "a", encoding="utf-8")
+    """(metrics.jsonl, opened to append; its rows), without the rows of steps that a resumed run repeats."""
+    rows = [row for row in whole_rows(path) if row["step"] <= first]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return open(path, "a", encoding="utf-8"), rows
 
 
-def save_checkpoint(out, step, parameters, optimizer):
+def save_checkpoint(out, step, parameters, optimizer, logged=0, sums=()):
+    """Write checkpoint/. logged: step of the last row of metrics.jsonl; sums: what each process has summed since."""
     with atomic_folder(out / "checkpoint") as temporary:
-        state = {"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict()}
-        torch.save(state, temporary / "state.pt")
+        state = {"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(), "logged": logged,
+                 "sums": list(sums)}
+        try:
+            torch.save(state, temporary / "state.pt")
+        except RuntimeError as error:  # of torch's zip writer
+            raise UserError(f"{out / 'checkpoint'}: cannot be written ({first_line(error)}); the one before is "
+                            "intact") from None
 
 
 @torch.no_grad()
 def load_checkpoint(out, parameters, optimizer):
-    """Restore what `save_checkpoint` wrote, if anything; returns the number of steps done. Raises UserError if it does
+    """Restore what `save_checkpoint` wrote, if anything; returns (steps done, logged, sums). Raises UserError if it does
     not fit."""
     path = out / "checkpoint" / "state.pt"
     if not path.is_file():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+        return 0, 0, []
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"{path}: broken, or not a checkpoint of this program ({first_line(error)})") from None
     stored = state["parameters"]
     for name, parameter in parameters:
         if name not in stored or stored[name].shape != parameter.shape:
             raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
         parameter.copy_(stored[name])
     optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+    return state["step"], state["logged"], state["sums"]

@@ -12,21 +12,96 @@ D width, V vocabulary.
 import itertools
 import json
 import math
+import os
 import re
+import sys
 from array import array
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import DTYPES, UserError, read_json
+from model import DTYPES, UserError, first_line, read_json
+
+# Several processes: torchrun starts them, each has a copy of the model and does its part of every step
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The rank of this process among `count` of them. All of them call a method, in the same order; it raises UserError
+    in those that are left when one has died."""
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls, device):
+        """The processes that torchrun started; without it, this one alone. device: the type of the model's."""
+        rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if count > 1:
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                                           timeout=timedelta(days=1))  # one may evaluate while the others wait
+            if rank:
+                sys.stdout = open(os.devnull, "w")  # only the first one prints
+        return cls(rank, count)
+
+    def once(self, function):
+        """function(), called in the first process alone; its result, in all."""
+        result = [function() if self.rank == 0 else None]
+        if self.count > 1:
+            with one_line_if_lost():
+                distributed.broadcast_object_list(result, device=torch.device("cpu"))
+        return result[0]
+
+    def add(self, tensors):
+        """Sum every tensor over the processes, in place, a few at a time."""
+        tensors = list(tensors) if self.count > 1 else []
+        ends = np.cumsum([tensor.numel() for tensor in tensors]) // BUCKET
+        for bucket in np.unique(ends):
+            members = [tensor for tensor, end in zip(tensors, ends) if end == bucket]
+            flat = torch.cat([tensor.flatten() for tensor in members])
+            with one_line_if_lost():
+                distributed.all_reduce(flat)
+            for tensor, part in zip(members, flat.split([tensor.numel() for tensor in members])):
+                tensor.copy_(part.view_as(tensor))
+
+    def gather(self, sums):
+        """[{name: number} of each process]."""
+        parts = [{name: float(value) for name, value in sums.items()}] * self.count
+        if self.count > 1:
+            with one_line_if_lost():
+                distributed.all_gather_object(parts, parts[0])
+        return parts
+
+    def total(self, sums):
+        """{name: its sum over the processes}; a name may be absent in some."""
+        return add_up(self.gather(sums))
+
+
+ALONE = Processes()
+BUCKET = 1 << 24  # numbers that are sent at a time
+
+
+def add_up(parts):
+    """{name: sum of what the dictionaries have under it}."""
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(itertools.chain(*parts))}
+
+
+@contextmanager
+def one_line_if_lost():
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"another process of this run has ended ({first_line(error)[:80]})") from None
+
 
 # Token ids, and packed batches of them
 
@@ -233,8 +308,9 @@ def pack(encoded, indices, step=None):
                  scale={unit: here[unit] / max(1, step[unit]) * (step["pairs"] / here["pairs"]) for unit in here})
 
 
-def batches(encoded, batch_size, device, longest_first=True, together=None):
-    """Yield (indices, Batch) over a whole encoded set, pairs of like length together.
+def batches(encoded, batch_size, device, longest_first=True, together=None, processes=ALONE):
+    """Yield (indices, Batch) over a whole encoded set, pairs of like length together; of several processes, each gets
+    its share of the batches.
 
     together (N,): numbers; pairs with the same number stay in one batch, which may then be larger.
     """
@@ -246,7 +322,7 @@ def batches(encoded, batch_size, device, longest_first=True, together=None):
         order = np.argsort(together, kind="stable")
         first = np.flatnonzero(np.diff(together[order], prepend=-1))  # where another number begins
         starts = first[np.unique(np.searchsorted(first, np.arange(0, len(order), batch_size)).clip(max=len(first) - 1))]
-    for indices in np.split(order, list(starts)[1:]):
+    for indices in np.split(order, list(starts)[1:])[processes.rank::processes.count]:
         yield indices, pack(encoded, indices, step).to(device)
 
 
@@ -321,14 +397,15 @@ def longest(model, tokens=1 << 20):
 
 
 @torch.no_grad()
-def response_logps(model, encoded, batch_size, dtype="float32", device="cpu"):
+def response_logps(model, encoded, batch_size, dtype="float32", device="cpu", processes=ALONE):
     """log π(y|x) of every response of an encoded set: (N, R) float32 on the CPU, in nats."""
-    logps = torch.empty(len(encoded), encoded.bounds.shape[1] - 2)
-    bar = tqdm(batches(encoded, batch_size, device), desc="log-probs", unit="batch", leave=False,
-               total=math.ceil(len(encoded) / batch_size))
+    logps = torch.zeros(len(encoded), encoded.bounds.shape[1] - 2)
+    bar = tqdm(batches(encoded, batch_size, device, processes=processes), desc="log-probs", unit="batch", leave=False,
+               total=math.ceil(len(encoded) / batch_size / processes.count), disable=processes.rank > 0)
     for indices, batch in bar:
         with precision(dtype, device):
             logps[indices] = policy_logps(model, batch).cpu()
+    processes.add([logps])
     return logps
 
 
@@ -488,6 +565,40 @@ def mixture_diagnostics(margins, log_gate, group, types):
         report["recovered"] = max(sum(owners[pair] for pair in zip(names, experts))
                                   for experts in itertools.permutations(range(K), len(names))) / count
     return report, warnings
+
+
+LONG = 10  # rows of metrics.jsonl
+
+
+def alarms(rows):
+    """{name: warning}, with what to try, of a training run that goes wrong, by the rows of metrics.jsonl so far."""
+    def last(key):
+        values = [row[key] for row in rows[-LONG:] if key in row]
+        return values if len(values) == LONG else [math.nan]
+
+    found = {}
+    chosen, rejected, accuracy = map(last, ("rewards/chosen", "rewards/rejected", "rewards/accuracies"))
+    if all(max(values) < -1 and values[-1] < values[0] for values in (chosen, rejected)):
+        found["falling"] = (f"the chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower "
+                            "--lr, a higher --beta, fewer --epochs, or --method sft on them first")
+    if len(rows) >= 2 * LONG and abs(sum(accuracy) / LONG - 0.5) < 0.05:
+        found["stuck"] = ("the accuracy stays at 0.5: try a higher --lr; see in tokens.txt what the model reads, and "
+                          "whether the labels contradict each other")
+    for key in ("router/safety", "router/helpfulness"):
+        if max(last(key)) < 0.02:
+            found[key] = f"MidPO's routers have switched off {key[7:]} everywhere: try a lower --router_l1 or --lr"
+    if min(last("router/empty")) > 0.95:
+        found["empty"] = "PMoL's routers send everything to the empty expert: try a higher --egs_weight or a lower --lr"
+    for key in rows[-1]:
+        if key.startswith("responsibility/") and min(last(key)) > 0.98 and "responsibility/1" in rows[-1]:
+            found["mixture"] = (f"expert {key[15:]} takes all of the mixture: try --expert_noise 0.1, a higher "
+                                "--q_temperature, or a gate that knows more")
+    return found
+
+
+def whole_rows(path):
+    """The objects on the whole lines of a .jsonl file, which may be half written; none without a file."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
 
 
 def router_l1(safety, helpfulness):
@@ -696,7 +807,7 @@ def plot(rows, headings, routers, gates, runs, out):
     figure, panels = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained")
     for axes, key in zip(panels, ("loss", "rewards/accuracies", "rewards/margins")):
         for i, run in enumerate(runs):
-            logged = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
+            logged = whole_rows(Path(run) / "metrics.jsonl")
             axes.plot(*zip(*((row["step"], row[key]) for row in logged if key in row)), color=PALETTE[i % 7], label=run)
         axes.set(xlabel="optimiser step", ylabel=key)
     panels[0].legend(fontsize=8)

@@ -67,11 +67,32 @@ def atomic_file(path):
     """Write a file atomically: yields a temporary path, which is renamed to `path` at the end."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may write the same file
+    with one_line_if_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
+            sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def one_line_if_full(path):
+    """Raise UserError where the disk is full, or the folder cannot be written."""
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)})") from None
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "posix" or Path(path).is_file():
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def write_text(path, text):
@@ -858,20 +879,24 @@ def atomic_folder(folder):
     """Write a folder atomically: yields a temporary one, which is renamed to `folder` at the end."""
     folder = Path(folder)
     temporary, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # an earlier writer was killed between its two renames
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+    with one_line_if_full(folder):
+        if old.exists() and not folder.exists():
+            old.rename(folder)  # an earlier writer was killed between its two renames
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in (*temporary.rglob("*"), temporary):
+                sync(file)
+            if folder.exists():
+                folder.rename(old)
+            temporary.rename(folder)
+            sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def write_checkpoint(model, folder, chat_template=None):

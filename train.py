@@ -14,6 +14,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 import losses
@@ -27,8 +28,8 @@ from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, 
                       load_checkpoint, mixture_logps, open_metrics, open_run, perturb_experts,
                       pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
                       save_trained, set_routers, trainable_parameters, use_expert)
-from losses import (annotator_type, batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair,
-                    split_step)
+from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, encode_pairs, epoch_order, pack,
+                    policy_logps, precision, show_pair, split_step)
 from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash, find_folder,
                    read_config, write_text)
 
@@ -385,8 +386,8 @@ class Config:
     score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=TEMPLATE_NAMES)
     epochs: int = setting(3, "passes over the pairs", "optimiser", least=1)
     max_steps: int = setting(0, "stop after this many optimiser steps; 0: at the end of the epochs", least=0)
-    batch_size: int = setting(8, "pairs per forward pass", least=1)
-    grad_accum: int = setting(1, "forward passes per optimiser step", least=1)
+    batch_size: int = setting(8, "pairs per forward pass of each process", free=True, least=1)
+    grad_accum: int = setting(1, "forward passes of each process per optimiser step", free=True, least=1)
     lr: float = setting(lambda v: 1e-5 if v["lora_rank"] else 1e-6, "peak learning rate", above=0)
     router_lr: float = setting(1.0, "routers and gates learn at this many times the learning rate", above=0)
     warmup: float = setting(0.03, "share of the steps in which the rate rises; then it falls as a cosine", least=0)
@@ -424,7 +425,8 @@ class Config:
         return [share for _, share in self.groups] if self.groups and self.groups[0][1] else None
 
 
-FREE = {flag.name for flag in fields(Config) if flag.metadata["free"]}  # may change when a run is resumed
+# May change when a run is resumed; batch_size and grad_accum only as pairs_per_step stays what it is
+FREE = {flag.name for flag in fields(Config) if flag.metadata["free"]}
 # Flags that a method reads only in part: (flags, when they are not read, why)
 UNREAD = (
     (("lora_targets",), lambda v: v["share"], "--share trunk has its experts in the head"),
@@ -592,23 +594,24 @@ def load_data(config, tokenizer):
     return parts
 
 
-def reference_logps(model, encoded, config):
+def reference_logps(model, encoded, config, processes=ALONE):
     """log π_ref of every response, (N, R), or (N, R, K) where each expert has a reference: what training starts from.
 
     They do not change during training, so one pass before it is enough, and one network in memory.
     """
     model.eval()
+    settings = encoded, config.dtype, config.device, processes
     if config.references:
         models = (Transformer.from_pretrained(folder, device=config.device) for folder in config.references)
-        return torch.stack([cached_logps(one, encoded, config.dtype, config.device) for one in models], dim=-1)
+        return torch.stack([cached_logps(one, *settings) for one in models], dim=-1)
     if METHODS[config.method].reference == "start" and config.init_adapter:
         logps = []
         for k in range(count_experts(model)):
             use_expert(model, k)
-            logps.append(cached_logps(model, encoded, config.dtype, config.device))
+            logps.append(cached_logps(model, *settings))
         return torch.stack(logps, dim=-1).squeeze(-1)
     with disable_experts(model):  # new experts are zero: the base is the start
-        return cached_logps(model, encoded, config.dtype, config.device)
+        return cached_logps(model, *settings)
 
 
 # The training loop
@@ -623,16 +626,16 @@ def batch_loss(model, batch, config):
 
 
 @torch.no_grad()
-def measure(model, encoded, config):
+def measure(model, encoded, config, processes=ALONE):
     """The method's loss and metrics on held-out pairs: {"eval/loss": …, …}, means over the pairs."""
     model.eval()
     sums = {}
     annotator = encoded.labels.get("annotator")
-    for indices, batch in batches(encoded, 4 * config.batch_size, config.device, together=annotator):
+    for indices, batch in batches(encoded, 4 * config.batch_size, config.device, True, annotator, processes):
         loss, metrics = batch_loss(model, batch, config)
         accumulate(sums, {"loss": loss, **metrics}, len(indices))
     model.train()
-    return {f"eval/{name}": float(total) / len(encoded) for name, total in sums.items()}
+    return {f"eval/{name}": total / len(encoded) for name, total in processes.total(sums).items()}
 
 
 def accumulate(sums, metrics, times=1):
@@ -667,73 +670,146 @@ def training_order(encoded, config):
     return epoch_order(len(encoded), config.epochs, config.seed, group, config.shares, annotator)
 
 
-def train_step(model, parameters, optimizer, encoded, parts, config, sums):
-    """One optimiser step on the pairs of `parts`, an index array for each forward pass; metrics go into sums."""
-    step = encoded.counts(np.concatenate(parts))
-    for indices in parts:
+def train_step(model, parameters, optimizer, encoded, parts, config, sums, processes=ALONE):
+    """One optimiser step on the pairs of `parts`, an index array for each forward pass, which the processes share;
+    metrics go into sums. Where the loss or a gradient is not finite, weights and sums stay as they are.
+
+    Returns whether they are finite, as a tensor: to look at it on every step would make a GPU wait.
+    """
+    step, now = encoded.counts(np.concatenate(parts)), {}
+    for indices in parts[processes.rank::processes.count]:
         loss, metrics = batch_loss(model, pack(encoded, indices, step).to(config.device), config)
         share = len(indices) / step["pairs"]
         (loss * share).backward()
-        accumulate(sums, {"loss": loss.detach(), **metrics}, share)
+        accumulate(now, {"loss": loss.detach(), **metrics}, share)
+    loss = now.get("loss", torch.zeros((), device=config.device)).clone()
+    if processes.count > 1:
+        for _, parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        processes.add([loss, *(parameter.grad for _, parameter in parameters)])
     norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf)
-    accumulate(sums, {"grad_norm": norm})
+    finite = norm.isfinite() & loss.isfinite()
+    optimizer.found_inf = 1 - finite.float()  # the fused step does nothing where this is 1
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    accumulate(sums, {name: torch.where(finite, value, 0) for name, value in now.items()})
+    accumulate(sums, {"grad_norm": torch.where(finite, norm, 0), "finite": finite.float()}, 1 / processes.count)
+    return finite
+
+
+def means(totals, steps):
+    """Sums over that many steps -> their means over those that were finite, and how many were skipped."""
+    finite = totals.pop("finite")
+    return {**({name: total / finite for name, total in totals.items()} if finite else {}),
+            **({"skipped": round(steps - finite)} if finite < steps else {})}
 
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most the last ten minutes
 SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins", "tok/s": "tokens/s"}  # in the bar
+SKIPPED_IN_A_ROW = 10     # then the run ends
 
 
-def train(model, encoded, held_out, config, out):
+def steps_of(count, per_step, config):
+    """Optimiser steps for so many pairs; prints what is left out or repeated."""
+    steps = max(1, count // per_step)
+    if rest := count - steps * per_step:
+        print(f"{count} pairs in steps of {per_step}, " + (f"leaving out the last {rest}" if rest > 0 else
+                                                          f"repeating {-rest}"), flush=True)
+    return min(steps, config.max_steps) if config.max_steps else steps
+
+
+def train(model, encoded, held_out, config, out, processes=ALONE):
     """Minimise the method's loss over the encoded pairs. Writes metrics.jsonl and, when told to, checkpoint/.
 
     held_out: pairs to measure every eval_every steps and at the end, or None. The labels of both hold reference
-    log-probs. Raises KeyboardInterrupt after a signal, the checkpoint saved.
+    log-probs. Raises KeyboardInterrupt after a signal, the checkpoint saved, and UserError when SKIPPED_IN_A_ROW steps
+    had no finite loss and gradient.
     """
     out, parameters = Path(out), trainable_parameters(model)
     optimizer, order, lengths = make_optimizer(parameters, config), training_order(encoded, config), encoded.lengths()
-    per_step = config.batch_size * config.grad_accum
-    steps = max(1, len(order) // per_step)
-    rest = len(order) - steps * per_step
-    if rest:
-        print(f"{len(order)} pairs in steps of {per_step}: " + (f"the last {rest} are left out" if rest > 0 else
-                                                               f"{-rest} are repeated"), flush=True)
-    steps = min(steps, config.max_steps) if config.max_steps else steps
-    first = load_checkpoint(out, parameters, optimizer)
-    wandb_run, metrics_file = start_wandb(config), open_metrics(out / "metrics.jsonl", first)
-    bar = tqdm(range(first, steps), desc=config.method, unit="step", initial=first, total=steps)
+    passes = config.grad_accum * processes.count
+    per_step = config.batch_size * passes
+    steps = steps_of(len(order), per_step, config)
+    first, logged, sums = load_checkpoint(out, parameters, optimizer)
+    sums = dict(sums[processes.rank] if len(sums) == processes.count else {} if processes.rank else add_up(sums))
+    log = RunLog(out, logged, config, processes)
+    bar = tqdm(range(first, steps), desc=config.method, unit="step", initial=first, total=steps,
+               disable=processes.rank > 0)
     model.train()
-    sums, tokens, since, logged, saved = {}, 0, time.perf_counter(), first, time.monotonic()
-    with stop_signals() as came, metrics_file, bar:
+    steps_since, tokens, since, saved = [], 0, time.perf_counter(), time.monotonic()
+    with stop_signals() as came, log, bar:
         for step in bar:
             lr = learning_rate(step, steps, config)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             indices = order.take(range(step * per_step, (step + 1) * per_step), mode="wrap")
-            parts = split_step(indices, config.grad_accum, encoded.labels.get("annotator"))
-            train_step(model, parameters, optimizer, encoded, parts, config, sums)
+            parts = split_step(indices, passes, encoded.labels.get("annotator"))
+            finite = train_step(model, parameters, optimizer, encoded, parts, config, sums, processes)
+            steps_since.append((indices, finite))
             tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps
             due = held_out is not None and (last or bool(config.eval_every) and done % config.eval_every == 0)
             if done % config.log_every == 0 or last or due:
-                row = {"step": done, **{name: float(total) / (done - logged) for name, total in sums.items()}, "lr": lr,
+                row = {"step": done, **means(processes.total(sums), done - logged), "lr": lr,
                        "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
-                    row.update(measure(model, held_out, config))
-                    bar.write(f"step {done}: " + ", ".join(f"{k} {row[k]:.4g}" for k in row if k.startswith("eval/")))
-                metrics_file.write(json.dumps(row) + "\n")
-                metrics_file.flush()
-                if wandb_run:
-                    wandb_run.log(row)
-                bar.set_postfix({short: f"{row[name]:.4g}" for short, name in SHOWN.items() if name in row})
-                sums, tokens, since, logged = {}, 0, time.perf_counter(), done
-            late = time.monotonic() - saved > CHECKPOINT_SECONDS
-            if came or late or (config.save_every and done % config.save_every == 0):
-                save_checkpoint(out, done, parameters, optimizer)
+                    row.update(measure(model, held_out, config, processes))
+                log.write(row, steps_since, bar)
+                sums, steps_since, tokens, since, logged = {}, [], 0, time.perf_counter(), done
+            late = time.monotonic() - saved > CHECKPOINT_SECONDS and processes.rank == 0
+            wanted = processes.total({"stop": bool(came), "save": late})
+            if any(wanted.values()) or (config.save_every and done % config.save_every == 0):
+                parts = processes.gather(sums)
+                if processes.rank == 0:
+                    save_checkpoint(out, done, parameters, optimizer, logged, parts)
                 saved = time.monotonic()
-            if came:
-                raise KeyboardInterrupt
+            if wanted["stop"]:
+                raise KeyboardInterrupt(*came)
     model.eval()
+
+
+class RunLog:
+    """metrics.jsonl, of the first process, with what is said about it: in the bar, to Weights & Biases, and once for
+    each of `alarms`. logged: step of the last row, in a run that goes on."""
+
+    def __init__(self, out, logged, config, processes):
+        self.first, self.warned, self.skipped, self.wandb = processes.rank == 0, set(), 0, None
+        if self.first:
+            self.file, self.rows = open_metrics(out / "metrics.jsonl", logged)
+            self.wandb = start_wandb(config)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.first:
+            self.file.close()
+
+    def write(self, row, steps, bar):
+        """Add a row. steps: [(pairs, whether loss and gradient were finite)] since the one before."""
+        for pairs, finite in steps:
+            self.skipped = 0 if finite else self.skipped + 1
+            if not finite:
+                bar.write(f"step skipped, its loss or gradient is not finite: pairs {', '.join(map(str, pairs))}")
+            if self.skipped == SKIPPED_IN_A_ROW:
+                raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, the last one at about "
+                                f"step {row['step']}: try a lower --lr, or look at these pairs; the weights are those "
+                                "before them")
+        if not self.first:
+            return
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(row)
+        if measured := ", ".join(f"{key} {row[key]:.4g}" for key in row if key.startswith("eval/")):
+            bar.write(f"step {row['step']}: {measured}")
+        for name, warning in alarms(self.rows).items():
+            if name not in self.warned:
+                bar.write(f"warning, step {row['step']}: {warning}")
+            self.warned.add(name)
+        shown = {short: f"{row[name]:.4g}" for short, name in SHOWN.items() if name in row}
+        skipped = sum(row.get("skipped", 0) for row in self.rows)
+        bar.set_postfix(shown | ({"skipped": skipped} if skipped else {}))
 
 
 def start_wandb(config):
@@ -771,42 +847,53 @@ def load_model(config, base, groups=()):
     return model
 
 
-def run_settings(config, base):
-    """What config.json holds: the flags, the base model's folder, and hashes of the input files."""
+def run_settings(config, base, processes):
+    """What config.json holds: the flags, the pairs per step, the base model's folder, and hashes of the input files."""
     names = [str(base), *config.data, config.reward_model, config.cost_model, *config.init_adapter, *config.references]
     inputs = {name: files_hash(name) for name in names if name and Path(name).exists()}
     if config.on_toy:
         inputs["toy"] = content_hash([Path(toy.__file__)])
-    return json.loads(json.dumps({**asdict(config), "base": str(base), "inputs": inputs}))
+    return json.loads(json.dumps({**asdict(config), "base": str(base), "inputs": inputs, "pairs_per_step":
+                                  config.batch_size * config.grad_accum * processes.count}))
 
 
-def run(config):
+def run(config, processes=ALONE):
     """One run: data, model, reference, training, weights, and on toy the oracle's table."""
     method, started, out = METHODS[config.method], time.perf_counter(), Path(config.out)
-    base = base_folder(config)
+    base, lock = processes.once(lambda: base_folder(config)), FileLock(out / ".lock")
     ready = time.perf_counter()
     tokenizer = Tokenizer(base, config.template)
     encoded, held_out = load_data(config, tokenizer)
     config = method.settle(config, encoded.groups)
     model = load_model(config, base, encoded.groups)
-    work = open_run(out, run_settings(config, base), FREE, config.resume)
+    settings = run_settings(config, base, processes)
+    work = processes.once(lambda: open_run(out, settings, FREE, config.resume, lock))
     if work is None:
         return print(f"{out}: finished with these settings, left as it is")
-    write_text(work / "tokens.txt", show_pair(tokenizer, encoded))
+    processes.once(lambda: write_text(work / "tokens.txt", show_pair(tokenizer, encoded)))
     for pairs in filter(None, (encoded, held_out)):
         method.prepare(model, pairs, config)
         if method.reference:
-            pairs.labels["reference"] = reference_logps(model, pairs, config).numpy()
+            pairs.labels["reference"] = reference_logps(model, pairs, config, processes).numpy()
     perturb_experts(model, config.expert_noise, config.seed)
     if config.compile:
         model.model.compile()
-    train(model, encoded, held_out, config, work)
+    train(model, encoded, held_out, config, work, processes)
+    trained = time.perf_counter()
+    processes.once(lambda: finish(model, tokenizer, encoded, held_out, config, base, work))
+    done = time.perf_counter()
+    print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
+          f"the run is in {out}/")
+
+
+def finish(model, tokenizer, encoded, held_out, config, base, work):
+    """What is left after training: weights, the method's report, on toy the oracle's table; then the run is finished."""
+    method, out = METHODS[config.method], Path(config.out)
     save_trained(model, work, config.template, tokenizer.chat_template if config.template in TEMPLATES else None)
     if method.report:
         report, warnings = method.report(model, encoded, held_out, config.beta, 4 * config.batch_size, config.dtype)
         write_text(work / "experts.json", json.dumps(report, indent=2) + "\n")
         print(*warnings, *(f"{name}: {value}" for name, value in report.items()), sep="\n")
-    trained = time.perf_counter()
     if config.model == "toy" and not isinstance(model, ScoreModel):
         start = load_start({**asdict(config), "base": base}, device=config.device)
         with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
@@ -814,14 +901,11 @@ def run(config):
                                            config.temperature, preferences=config.preferences if config.on_toy else ())
         print("", samples, toy.closing_tables({config.method: report}), sep="\n\n")
     close_run(out, work)
-    done = time.perf_counter()
-    print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
-          f"the run is in {out}/")
 
 
-def is_finished(config):
+def is_finished(config, processes):
     """True if the run folder holds the finished run of these settings, on the same files."""
-    before, settings = read_settings(Path(config.out)), run_settings(config, base_folder(config))
+    before, settings = read_settings(Path(config.out)), run_settings(config, base_folder(config), processes)
     return before.get("finished", False) and all(before.get(name) == settings[name] for name in settings.keys() - FREE)
 
 
@@ -835,14 +919,15 @@ def main(argv=None):
     # Responsibilities and router weights run down to 1e-40, and a CPU takes such numbers a hundred times slower than 0
     torch.set_flush_denormal(True)
     *before, last = plan(parse_flags(argv))
+    processes = Processes.join(torch.device(last.device).type)
     toy.one_thread(last.model)
     for one in (*before, last) if before else ():
         print(f"{one.out}: --method {one.method} --view {one.view}", flush=True)
     for one in (*before, last):
-        if (one is not last or one.resume) and is_finished(one):
+        if processes.once(lambda: (one is not last or one.resume) and is_finished(one, processes)):
             print(f"{one.out}: finished with these settings, kept", flush=True)
         else:
-            run(one)
+            run(one, processes)
 
 
 if __name__ == "__main__":

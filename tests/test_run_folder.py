@@ -62,9 +62,16 @@ def test_midpo_from_given_adapters_is_left_alone_when_it_is_finished(quick):
 
 def test_a_resumed_run_with_other_settings_says_which(quick, monkeypatch):
     interrupted(monkeypatch, 1, *FLAGS)
-    assert "delta = 10.0, not 3.0" in mistake(*FLAGS, "--delta", 3, "--resume", "--out", "out/run")
+    other = (*FLAGS, "--delta", 3, "--seed", 1, "--batch_size", 4, "--resume", "--out", "out/run")
+    for part in ("delta 10.0 (now 3.0)", "pairs_per_step 8 (now 4)", "seed 0 (now 1)"):
+        assert part in mistake(*other)
     run("run", *FLAGS, "--resume")
-    assert "delta = 10.0, not 3.0" in mistake(*FLAGS, "--delta", 3, "--resume", "--out", "out/run")
+    assert "delta 10.0 (now 3.0)" in mistake(*other)
+
+
+def test_a_resumed_run_may_split_its_steps_in_another_way(quick, monkeypatch):
+    interrupted(monkeypatch, 1, *FLAGS)
+    assert run("run", *FLAGS, "--batch_size", 4, "--grad_accum", 2, "--resume")
 
 
 # A finished run, or a checkpoint, stays until the new run is finished
@@ -175,8 +182,8 @@ def test_held_out_metrics_are_shown_as_they_come_and_at_the_end(quick, capsys):
     assert all("eval/rewards/accuracies" in line for line in lines)
 
 
-@pytest.mark.parametrize("size, line", ((7, "56 pairs in steps of 7"), (9, "the last 2 are left out"),
-                                        (40, "the last 16 are left out"), (64, "8 are repeated")))
+@pytest.mark.parametrize("size, line", ((7, "56 pairs in steps of 7"), (9, "leaving out the last 2"),
+                                        (40, "leaving out the last 16"), (64, "repeating 8")))
 def test_what_the_batch_size_leaves_out_or_repeats_is_said(quick, capsys, size, line):
     run("run", "--method", "safedpo", "--epochs", 1, "--batch_size", size, "--max_steps", 1)
     printed = capsys.readouterr().out

@@ -51,7 +51,7 @@ def test_a_step_in_two_passes_is_the_step_in_one(place, method):
     assert whole.keys() == split.keys() and size > 0
     for name, gradient in whole.items():
         assert (split[name] - gradient).norm() < 1e-5 * size, name
-    assert others == pytest.approx(metrics, rel=1e-5, abs=1e-7)
+    assert others == pytest.approx(metrics, rel=1e-5, abs=1e-6)  # rewards: log-probs near 40, whose spacing is 4e-6
 
 
 @pytest.mark.parametrize("annotators, passes", (

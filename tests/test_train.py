@@ -293,7 +293,8 @@ def test_a_second_ctrl_c_ends_the_run_at_once(place, monkeypatch):
     assert not Path("out/run/checkpoint").exists() and not leftovers(place)
 
 
-def test_ctrl_c_on_the_command_line_saves_a_checkpoint_and_says_so(place):
+@pytest.mark.parametrize("number, status", ((signal.SIGINT, 130), (signal.SIGTERM, 0)))
+def test_ctrl_c_and_sigterm_on_the_command_line_save_a_checkpoint_and_say_so(place, number, status):
     command = [sys.executable, str(ROOT / "train.py"), "--model", BASE, "--out", "out/run", "--device",
                "cpu", "--lr", "1e-5", "--epochs", "1000", "--log_every", "1", "--max_len", "64"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -301,9 +302,9 @@ def test_ctrl_c_on_the_command_line_saves_a_checkpoint_and_says_so(place):
     metrics, deadline = Path("out/run/metrics.jsonl"), time.monotonic() + 60
     while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 1 and "Traceback" not in errors
+    assert process.returncode == status and "Traceback" not in errors
     last = errors.splitlines()[-1]
     assert last.startswith("train.py: interrupted") and "--resume" in last
     assert Path("out/run/checkpoint").is_dir() and not leftovers(place)
