@@ -54,6 +54,8 @@ def test_an_answer_repeats_itself_when_eight_tokens_come_three_times():
 def test_a_win_rate_leaves_ties_out_and_its_error_is_the_binomial_one():
     rate, error = win_rate([1] * 60 + [-1] * 20 + [0] * 20 + [None] * 7)
     assert rate == 0.75 and error == pytest.approx(math.sqrt(0.75 * 0.25 / 80), rel=0.1)
+    rate, error = win_rate([1] * 30 + [-1] * 10 + [0] * 60)
+    assert rate == 0.75 and error == pytest.approx(math.sqrt(0.75 * 0.25 / 40), rel=0.1), "of the 40 that are no ties"
     assert all(math.isnan(value) for value in win_rate([0, 0, None])) and all(map(math.isnan, win_rate([])))
     assert win_rate([1, 1, 0]) == (1.0, pytest.approx(0.0, abs=0.3))
 
@@ -194,6 +196,12 @@ def test_a_busy_server_is_asked_again(judge, status):
     assert no_key_anywhere(one.counts)
 
 
+@pytest.mark.parametrize("status", (429, 500))
+def test_a_server_that_becomes_busy_later_is_asked_again_too(judge, status):
+    one, server = judge(lambda number, body: (200 if number in (0, 3) else status, completion('{"better": "A"}')))
+    assert one.ask_all(REQUESTS[:1]) + one.ask_all(REQUESTS[1:2]) == [{"better": "A"}] * 2 and len(server.asked) == 4
+
+
 def test_a_request_fails_after_some_tries_and_is_asked_again_another_time(judge):
     one, server = judge(lambda number, body: (200, completion('{"better": "A"}')) if number == 0 else (500, b"no"))
     assert one.ask_all(REQUESTS[:1]) == [{"better": "A"}]
@@ -215,7 +223,8 @@ def test_a_slow_request_that_fails_costs_no_other_verdict(judge):
 
 
 def test_pauses_between_tries_become_longer(judge, monkeypatch):
-    pauses, (one, _) = [], judge(lambda number, body: (429, b"") if number < 4 else (200, completion('{"better": "A"}')))
+    reply, pauses = completion('{"better": "A"}'), []
+    one, _ = judge(lambda number, body: (429, b"") if number < 4 else (200, reply))
     monkeypatch.setattr(eval_file, "time", SimpleNamespace(sleep=pauses.append))
     assert one.ask_all(REQUESTS[:1]) == [{"better": "A"}]
     assert pauses == [Judge.PAUSE * factor for factor in (1, 2, 4, 8)]

@@ -160,9 +160,10 @@ def test_preferences_are_scored_on_prompts_that_ask_for_them(quick, monkeypatch)
     monkeypatch.setattr(eval_file, "generate", lambda model, tokens, *_, **__: [mouths[tuple(ids)] for ids in tokens])
     model = Transformer.from_pretrained(BASE)
     answers = partial(eval_file.answer, model, tokenizer, seed=3, temperature=0.7)
-    users = []
-    metrics = toy.evaluate_preferences(lambda texts, **how: users.append(how) or answers(texts, **how), names, "test", 3)
-    assert users == [{"users": name} for name in names], "whom a gate on users is asked about"
+    asked = []
+    metrics = toy.evaluate_preferences(lambda texts, users: asked.append(users) or answers(texts, users=users), names,
+                                       "test", 3)
+    assert asked == [*names], "whom a gate on users is asked about"
     errors = []
     for name in names:
         assert metrics[name] == pytest.approx(statistics.mean(scores[name]))
