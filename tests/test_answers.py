@@ -12,8 +12,8 @@ import torch
 
 import eval as eval_file
 import toy
-from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_of, logp_alone, run, score_alone, small_pairs, tiny,
-                      write_rows)
+from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_of, logp_alone, run, score_alone,
+                      small_pairs, tiny, write_rows)
 from data import Tokenizer, load_sources
 from eval import read_prompts
 from lora_moe import expert_layers, use_expert
@@ -289,14 +289,14 @@ def test_routers_are_reported_by_label_at_the_prompt_and_over_the_answer(asked):
         at_prompt, over_answer = [], []
         for one in rows[::2]:  # the safe ones
             prompt = tokenizer.encode([tokenizer.render(one["prompt"])])[0]
-            joint = tokenizer.encode([tokenizer.render(one["prompt"]) + one["answer"]])[0]
+            joint = tokenizer.encode([f"{tokenizer.render(one['prompt'])} {one['answer']}".rstrip()])[0]
             with torch.no_grad():
                 model(torch.tensor([joint if joint[:len(prompt)] == prompt else prompt]))
             at_prompt.append(layer.weights[0, len(prompt) - 1].numpy())
             over_answer.append(layer.weights[0, len(prompt) - 1:].mean(0).numpy())
         for key, share in (("median", 0.5), ("q10", 0.1), ("q90", 0.9)):
             assert report[name]["safe"][key] == pytest.approx(np.quantile(at_prompt, share, axis=0), rel=1e-3)
-        assert report[name]["safe"]["answer"] == pytest.approx(np.quantile(over_answer, 0.5, axis=0), rel=0.05)
+        assert report[name]["safe"]["answer"] == pytest.approx(np.quantile(over_answer, 0.5, axis=0), rel=1e-3)
         assert sum(at_prompt[0]) == pytest.approx(1), "the empty expert's slot included"
 
 
@@ -354,7 +354,7 @@ def test_a_run_on_a_model_of_ones_own_asks_for_prompts(asked):
 # What a reader of the code found
 
 
-def test_a_source_is_held_out_as_the_run_held_it_out(quick):
+def test_a_source_is_held_out_as_the_run_held_it_out(quick, encoded_lists):
     write_rows("pairs.jsonl", *({"prompt": f"How do I bake bread? {i}", "chosen": "Sure.", "rejected": "No."}
                                 for i in range(60)))
     Path("folder").mkdir()
@@ -366,6 +366,8 @@ def test_a_source_is_held_out_as_the_run_held_it_out(quick):
         eval_file.main([out, "--prompts", "folder", *map(str, FLAGS)])
         asked[out] = {row["prompt"] for row in kept(out)}
         assert asked[out] == {c.prompt for c in load_sources(("folder",), seed, 0.2)[1]}
+        training, measured = ({pair.prompt for pair in pairs} for pairs in encoded_lists[2 * seed:2 * seed + 2])
+        assert asked[out] == measured and not measured & training
     assert asked[first] != asked[second]
     assert "--seed" in line_of(eval_file.main, [first, second, "--prompts", "folder", *map(str, FLAGS)])
 
