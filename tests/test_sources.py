@@ -344,6 +344,16 @@ def test_label_noise_leaves_held_out_pairs_as_they_are(place):
     assert all(flip or pieces(noisy, i) == pieces(training, i) for i, flip in enumerate(flipped))
 
 
+def test_where_not_all_held_out_pairs_are_measured_the_same_random_ones_are(place, monkeypatch, encoded_lists):
+    grouped_file("pairs.jsonl", ("brief", "exact"))
+    for count in (1000, 3, 3):
+        monkeypatch.setattr(train, "HELD_OUT_PAIRS", count)
+        load_parts("--method", "dpo")
+    everything, sample, again = ([pair.row for pair in pairs] for pairs in encoded_lists[1::2])
+    in_order = sorted(everything, key=lambda row: int(row.rpartition(":")[2]))
+    assert len(sample) == 3 and sample == again == everything[:3] != in_order[:3]
+
+
 def test_a_bad_row_ends_a_run_with_file_and_line(place):
     file = write_rows(place / "rows.jsonl", ROW, {**ROW, "better_response_id": 2})
     with pytest.raises(UserError, match="rows.jsonl:2: 'better_response_id' is 2"):

@@ -258,6 +258,11 @@ def test_no_prompt_of_a_held_out_comparison_is_trained_on(names, annotators):
     assert toy.load_toy(1200, 3, names, annotators) == (train, held_out)
 
 
+def test_another_seed_holds_out_other_comparisons():
+    held_out = [{(c.prompt, c.responses) for c in toy.load_toy(1200, seed)[1]} for seed in (0, 1)]
+    assert len(held_out[0] & held_out[1]) < 0.1 * len(held_out[0])
+
+
 @pytest.mark.parametrize("split", ("dev", "test"))
 def test_evaluation_prompts_are_never_trained_on(split, prompts_of_training):
     frames = toy.frames("train")
