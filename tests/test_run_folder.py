@@ -1,6 +1,7 @@
 """A run's folder: --resume on every command line, nothing finished is lost, kills between renames, inputs in --out."""
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,22 @@ def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
 
 
 # Inputs, splits and what is said
+
+
+def test_a_runs_settings_have_a_hash_of_each_of_its_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("base", "rows", "reward", "cost", "safety", "helpful", "reference")
+    for name in names:
+        Path(name).mkdir()
+        (Path(name) / "file").write_text("as it was")
+    config = replace(train.parse_flags(["--device", "cpu"]), data=("rows",), reward_model="reward", cost_model="cost",
+                     init_adapter=("safety", "helpful"), references=("reference",))
+    before = train.run_settings(config, Path("base"))
+    for name in names:
+        (Path(name) / "file").write_text("as it is now")
+        after = train.run_settings(config, Path("base"))
+        assert {key for key in names if after["inputs"][key] != before["inputs"][key]} == {name}
+        before = after
 
 
 def test_the_hash_of_files_sees_where_one_ends_and_the_next_begins(tmp_path):
