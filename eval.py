@@ -699,6 +699,7 @@ def as_command(main, name, interrupted):
     def stop(number, frame):
         raise KeyboardInterrupt(number)
     signal.signal(signal.SIGTERM, stop)
+    name += f" (rank {rank})" if (rank := os.environ.get("RANK", "0")) != "0" else ""
     try:
         main()
     except UserError as error:

@@ -43,11 +43,13 @@ class Processes:
     count: int = 1
 
     @classmethod
-    def join(cls, device):
-        """The processes that torchrun started; without it, this one alone. device: the type of the model's."""
+    def join(cls):
+        """The processes that torchrun started, each with its own GPU; without it, this one alone."""
         rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if count > 1:
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                                            timeout=timedelta(days=1))  # one may evaluate while the others wait
             if rank:
                 sys.stdout = open(os.devnull, "w")  # only the first one prints

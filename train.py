@@ -847,7 +847,7 @@ def load_model(config, base, groups=()):
     return model
 
 
-def run_settings(config, base, processes):
+def run_settings(config, base, processes=ALONE):
     """What config.json holds: the flags, the pairs per step, the base model's folder, and hashes of the input files."""
     names = [str(base), *config.data, config.reward_model, config.cost_model, *config.init_adapter, *config.references]
     inputs = {name: files_hash(name) for name in names if name and Path(name).exists()}
@@ -858,9 +858,18 @@ def run_settings(config, base, processes):
 
 
 def run(config, processes=ALONE):
-    """One run: data, model, reference, training, weights, and on toy the oracle's table."""
+    """One run, the only one in its folder."""
+    lock = FileLock(Path(config.out) / ".lock")  # `open_run` takes it, once the data and the model are in order
+    try:
+        run_locked(config, processes, lock)
+    finally:
+        lock.release()
+
+
+def run_locked(config, processes, lock):
+    """The steps of a run: data, model, reference, training; then what `finish` does."""
     method, started, out = METHODS[config.method], time.perf_counter(), Path(config.out)
-    base, lock = processes.once(lambda: base_folder(config)), FileLock(out / ".lock")
+    base = processes.once(lambda: base_folder(config))
     ready = time.perf_counter()
     tokenizer = Tokenizer(base, config.template)
     encoded, held_out = load_data(config, tokenizer)
@@ -918,8 +927,8 @@ def plan(config):
 def main(argv=None):
     # Responsibilities and router weights run down to 1e-40, and a CPU takes such numbers a hundred times slower than 0
     torch.set_flush_denormal(True)
+    processes = Processes.join()
     *before, last = plan(parse_flags(argv))
-    processes = Processes.join(torch.device(last.device).type)
     toy.one_thread(last.model)
     for one in (*before, last) if before else ():
         print(f"{one.out}: --method {one.method} --view {one.view}", flush=True)

@@ -1,5 +1,7 @@
-"""One optimiser step is the same however its pairs are split over forward passes: gradients and metrics, every method."""
+"""One optimiser step is the same however its pairs are split over forward passes: gradients and metrics, for every
+method. test_processes.py has the same over processes."""
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import train
 from conftest import perturb_experts
 from data import Tokenizer
-from losses import split_step
+from losses import ALONE, split_step
 
 METHODS = {
     "sft": (), "dpo": ("--lora_rank", 4), "safedpo": (), "reward": (), "cost": (), "pmol": ("--lora_rank", 4, "--egs_weight", 1),
@@ -19,7 +21,7 @@ METHODS = {
     "mix-dpo annotators": ("--lora_rank", 4, "--latent", "annotator", "--annotators", 12)}
 
 
-def step_of(method, parts):
+def step_of(method, parts, processes=ALONE):
     """({parameter: gradient}, metrics) of one step of eight pairs in so many forward passes."""
     config = train.parse_flags(["--method", method.split()[0], *map(str, METHODS[method]), "--device", "cpu"])
     encoded, _ = train.load_data(config, Tokenizer(train.base_folder(config)))
@@ -34,19 +36,29 @@ def step_of(method, parts):
         (name, parameter.grad.clone()) for name, parameter in parameters if parameter.grad is not None))
     passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"))
     assert len(passes) == parts
-    train.train_step(model.train(), parameters, optimizer, encoded, passes, replace(config, grad_clip=0.0), sums)
-    return gradients, {name: float(value) for name, value in sums.items()}
+    train.train_step(model.train(), parameters, optimizer, encoded, passes, replace(config, grad_clip=0.0), sums,
+                     processes)
+    return gradients, processes.total(sums)
+
+
+def inputs_of(method):
+    """Make what the method wants to find: an adapter, a score model."""
+    if method == "midpo":
+        model = train.add_experts(train.Transformer.from_pretrained(train.toy_base(0, "cpu")), ["down_proj"], 4, 8)
+        train.save_trained(perturb_experts(model, 0.1, 1), Path())
+    if method == "spe-dpo":
+        train.ScoreModel.from_policy(train.Transformer.from_pretrained(train.toy_base(0, "cpu"))).save_pretrained("score")
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_in_two_passes_is_the_step_in_one(place, method):
-    if method == "midpo":
-        model = train.add_experts(train.Transformer.from_pretrained(train.toy_base(0, "cpu")), ["down_proj"], 4, 8)
-        train.save_trained(perturb_experts(model, 0.1, 1), place)
-    if method == "spe-dpo":
-        train.ScoreModel.from_policy(train.Transformer.from_pretrained(train.toy_base(0, "cpu"))).save_pretrained(
-            place / "score")
-    (whole, metrics), (split, others) = step_of(method, 1), step_of(method, 2)
+    inputs_of(method)
+    check_equal(step_of(method, 1), step_of(method, 2))
+
+
+def check_equal(one, other):
+    """Two results of `step_of`."""
+    (whole, metrics), (split, others) = one, other
     size = torch.stack([gradient.norm() for gradient in whole.values()]).norm()
     assert whole.keys() == split.keys() and size > 0
     for name, gradient in whole.items():

@@ -1,0 +1,107 @@
+"""Two processes under torchrun (gloo, on the CPU) compute what one does: steps, runs, a run that goes on, a lost rank.
+
+    torchrun --nproc_per_node 2 tests/test_processes.py      the worker of the first test
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error
+from losses import Processes
+from test_steps import METHODS, check_equal, inputs_of, step_of
+
+SMALL = ROOT / "tests" / "small_train.py"
+FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--log_every", 1, "--lr", 1e-3, "--epochs", 10)
+
+
+def start(script, *flags, count=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count, script, *flags]
+    return subprocess.Popen([*map(str, command)], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def torchrun(script, *flags, count=2, status=0):
+    process = start(script, *flags, count=count)
+    output = process.communicate(timeout=120)[0]
+    assert (process.returncode == 0) == (status == 0), output[-3000:]
+    return output
+
+
+def train(out, *flags, count=2):
+    return torchrun(SMALL, *FLAGS, "--out", out, *flags, count=count)
+
+
+def values(out):
+    """The rows of metrics.jsonl without times."""
+    return [{key: value for key, value in row.items() if key != "tokens/s"} for row in json_lines(Path(out) / "metrics.jsonl")]
+
+
+def check_close(out, other):
+    for row, same in zip(values(out), values(other), strict=True):
+        assert row == pytest.approx(same, rel=1e-5, abs=1e-5)
+    weights, others = (load_file(Path(folder) / "adapter" / "adapter_model.safetensors") for folder in (out, other))
+    for name in weights:
+        assert relative_error(weights[name], others[name]) < 1e-4, name
+
+
+def test_a_step_that_two_processes_share_is_the_step_of_one(place):
+    for method in METHODS:
+        inputs_of(method)
+    output = torchrun(__file__)
+    assert output.count("same step") == len(METHODS), output[-3000:]
+
+
+def test_a_run_of_two_processes_is_that_of_one_and_goes_on_with_another_number(place):
+    """Steps of eight pairs; only the first process writes and prints."""
+    output = train("out/two", "--batch_size", 4)
+    assert output.count("view safedpo:") == 1 and "the run is in out/two/" in output
+    train("out/one", "--batch_size", 8, count=1)
+    check_close("out/two", "out/one")
+    for count in (1, 2):
+        out = f"out/resumed-by-{count}"
+        interrupt(out)
+        train(out, "--batch_size", 8 // count, "--resume", count=count)
+        check_close(out, "out/one")
+    assert files_of(Path(out)) == files_of(Path("out/two")) and values(out) == values("out/two")
+    assert not leftovers(Path("out"))
+
+
+def begin(out, *flags):
+    """A run of two processes that has done its second step."""
+    process = start(SMALL, *FLAGS, "--out", out, "--batch_size", 4, *flags)
+    metrics, deadline = Path(out) / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 1):
+        time.sleep(0.005)
+    return process
+
+
+def interrupt(out):
+    process = begin(out)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (Path(out) / "checkpoint").is_dir() and not (Path(out) / "adapter").exists()
+
+
+def test_where_one_process_dies_the_run_ends_with_a_line_that_says_so(place):
+    process = begin("out/run", "--epochs", 1000)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode and "another process of this run has ended" in output
+
+
+if __name__ == "__main__":
+    make_small(pytest.MonkeyPatch())
+    processes = Processes.join()
+    for name in METHODS:
+        whole, shared = step_of(name, 1), step_of(name, 2, processes)
+        check_equal(whole, shared)
+        print(json.dumps(name), "same step", flush=True)
