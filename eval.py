@@ -39,8 +39,8 @@ from data import (TEMPLATE_NAMES, TEMPLATES, Tokenizer, check_source, get_prompt
 from lora_moe import (LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
                       gate_report, is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights,
                       set_routers, use_expert, weights_hash)
-from losses import (Encoded, annotator_type, batches, encode, expert_margins, longest, markdown_table, measured,
-                    mixture_diagnostics, plot, router_table, score, terminal_table, win_rate)
+from losses import (Encoded, Processes, annotator_type, batches, encode, expert_margins, longest, markdown_table, measured,
+                    mixture_diagnostics, plot, router_table, score, terminal_table, whole_rows, win_rate)
 from model import (DTYPES, Transformer, UserError, content_hash, files_hash, find_folder, first_line, read_json,
                    stream, write_text)
 
@@ -107,24 +107,30 @@ def answer(model, tokenizer, prompts, **settings):
     return [(row["answer"], row["ended"]) for row in rows]
 
 
-def kept_answers(model, tokenizer, prompts, folder, args):
-    """The answers to rows of `read_prompts`, in their order, kept in folder/answers-….jsonl as they come: a call that
-    was interrupted goes on where it stopped. The file's name has a hash of all that they depend on."""
+def kept_answers(model, tokenizer, prompts, folder, args, processes):
+    """The answers to rows of `read_prompts`, in their order, kept in folder/answers-….jsonl as they come, a file for each
+    process: a call that was interrupted goes on where it stopped. The name has a hash of all that they depend on."""
     settings = dict(seed=args.seed, temperature=args.temperature, top_p=args.top_p, use=args.use, users=args.users,
                     max_new_tokens=args.max_new_tokens or 512)
     asked, stops = [row["prompt"] for row in prompts], sorted({*tokenizer.stop_ids, *model.config.eos_ids})
     tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in asked])
     work = content_hash([], weights_hash(model), tokens, stops, settings, args.dtype)
-    path = Path(folder) / f"answers-{Path(args.prompts).stem}-{work[:12]}.jsonl"
+    name = f"answers-{Path(args.prompts).stem}-{work[:12]}"
+    path = Path(folder) / (f"{name}-{processes.rank}.jsonl" if processes.rank else f"{name}.jsonl")
     whole_lines(path)
-    rows = {row["number"]: row for row in map(json.loads, path.read_bytes().split(b"\n")[:-1])}
+
+    def kept():
+        return {row["number"]: row for part in sorted(path.parent.glob(f"{name}*.jsonl")) for row in whole_rows(part)}
+
+    done = {i for i in range(len(prompts)) if i % processes.count != processes.rank} | kept().keys()
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(
-            desc="answers", total=len(prompts), initial=len(rows), unit="answer") as bar:
-        for row in answers_as_they_end(model, tokenizer, asked, **settings, batch_size=args.batch_size, skip=rows):
+            desc="answers", total=len(prompts), initial=len(done), unit="answer", disable=processes.rank > 0) as bar:
+        for row in answers_as_they_end(model, tokenizer, asked, **settings, batch_size=args.batch_size, skip=done):
             file.write(json.dumps({"prompt": asked[row["number"]], **row}, ensure_ascii=False) + "\n")
             file.flush()
-            rows[row["number"]] = row
             bar.update()
+    processes.gather({})  # all of them are done
+    rows = kept()
     return [rows[i] for i in range(len(prompts))]
 
 
@@ -281,7 +287,7 @@ def repeats(ids):
     return max(Counter(zip(*(ids[k:] for k in range(8)))).values(), default=0) >= 3
 
 
-def answer_logps(model, tokenizer, prompts, rows, args):
+def answer_logps(model, tokenizer, prompts, rows, args, processes):
     """(2, N) nats per token: log π of every sampled answer, and of the response that the data prefers (nan without
     one); of a mixture under the expert that gave the answer."""
     rendered = [tokenizer.render(row["prompt"]) for row in prompts]
@@ -299,7 +305,8 @@ def answer_logps(model, tokenizer, prompts, rows, args):
         mine = [k is None or row["expert"] == k for row in rows]
         for i, encoded in enumerate(sets):
             lengths = np.diff(encoded.bounds)[:, 1]
-            logps[i, mine] = (cached_logps(model, encoded, args.dtype, args.device)[:, 0].numpy() / lengths)[mine]
+            values = cached_logps(model, encoded, args.dtype, args.device, processes)[:, 0].numpy()
+            logps[i, mine] = (values / lengths)[mine]
     return logps
 
 
@@ -497,7 +504,7 @@ COLUMNS = {
 }
 
 
-def answer_with(runs, prompts, args):
+def answer_with(runs, prompts, args, processes):
     """Answers of runs and of the models that they started from: ({row: answers}, {row: metrics of `health`}, {row: name
     of its start}, {row: `router_report`}, {row: `gate_report`}). One model is in memory at a time."""
     answers, logps, members, starts, routers, gates = {}, {}, {}, {}, {}, {}
@@ -506,8 +513,8 @@ def answer_with(runs, prompts, args):
     for run in runs:
         policy, tokenizer, config = load_policy(run, args.dtype, args.device)
         policy = merge_static(policy, args.static) if args.static else policy
-        answers[run] = kept_answers(policy, tokenizer, prompts, run, args)
-        logps[run] = answer_logps(policy, tokenizer, prompts, answers[run], args)
+        answers[run] = kept_answers(policy, tokenizer, prompts, run, args, processes)
+        logps[run] = answer_logps(policy, tokenizer, prompts, answers[run], args, processes)
         if is_routed(policy):
             routers[run] = router_report(policy, tokenizer, {kind: [
                 (prompts[i]["prompt"], answers[run][i]["answer"]) for i in numbers] for kind, numbers in kinds.items()})
@@ -523,11 +530,11 @@ def answer_with(runs, prompts, args):
         run, tokenizer, config = started[0]
         name = f"start of {run}" if "start" in metrics else "start"
         model = load_start(config, args.dtype, args.device)
-        rows = kept_answers(model, tokenizer, prompts, LOGPS_CACHE, args)
-        own = answer_logps(model, tokenizer, prompts, rows, args)
+        rows = kept_answers(model, tokenizer, prompts, LOGPS_CACHE, args, processes)
+        own = answer_logps(model, tokenizer, prompts, rows, args, processes)
         answers[name], metrics[name], starts[name] = rows, health(prompts, rows, own, own), name
         for run, tokenizer, _ in started:
-            before = answer_logps(model, tokenizer, prompts, answers[run], args)
+            before = answer_logps(model, tokenizer, prompts, answers[run], args, processes)
             metrics[run], starts[run] = health(prompts, answers[run], logps[run], before), name
         model = None
     return {name: answers[name] for name in metrics}, metrics, starts, routers, gates
@@ -535,7 +542,8 @@ def answer_with(runs, prompts, args):
 
 def evaluate_answers(runs, args):
     """Answer prompts with runs and what they started from, judge the answers in every way that is asked for, print one
-    table, and write it with all settings to --out.md and --out.json."""
+    table, and write it with all settings to --out.md and --out.json. Several processes share the answering alone."""
+    processes = Processes.join()
     out = Path(args.out or f"out/eval-{Path(args.prompts).stem}")
     out.parent.mkdir(parents=True, exist_ok=True)
     configs = [read_json(Path(run) / "config.json") for run in runs]
@@ -543,7 +551,9 @@ def evaluate_answers(runs, args):
     if len(splits) > 1 and not source_files(args.prompts)[1]:
         raise UserError(f"--prompts {args.prompts}: the runs hold out different prompts of it (--seed, --held_out)")
     prompts = read_prompts(args.prompts, args.n, *next(iter(splits), ()))
-    answers, metrics, starts, routers, gates = answer_with(runs, prompts, args)
+    answers, metrics, starts, routers, gates = answer_with(runs, prompts, args, processes)
+    if processes.rank:
+        return
     baseline = args.baseline or "start"
     judges = {"rule": "a refusal rule (eval.py: refuses), English only"}
     judged = [score_answers(prompts, answers, baseline, args)]
