@@ -11,13 +11,11 @@ import importlib
 import itertools
 import json
 import lzma
-import math
 import re
 import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
@@ -27,12 +25,12 @@ import numpy as np
 import tokenizers
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tqdm import tqdm
 
-from losses import Batch, Encoded, encode_pairs, pack, score  # noqa: F401: packing, for those who look here for it
-from model import (DTYPES, FAMILIES, ScoreModel, Transformer, UserError, content_hash, files_hash, find_folder,
-                   first_line, generate, read_config, read_json, write_text)
+from losses import (BUDGET, Batch, Encoded, Sandbox, content_hash, encode_pairs, files_hash, pack,  # noqa: F401
+                    score)  # packing, for those who look here for it
+from model import (DTYPES, FAMILIES, KINDS, ScoreModel, Transformer, UserError, check_keys, find_folder, first_line,
+                   generate, read_config, read_json, write_text)
 
 
 @dataclass(slots=True)
@@ -68,23 +66,15 @@ class Pair:
 # (i, j, labels): response i compared with response j. It raises UserError at what is wrong.
 
 MAX_LINE = 4 << 20  # bytes; a longer line is not one comparison, and is not read into memory
-TYPES = {"text": lambda v: isinstance(v, str), "0 or 1": lambda v: type(v) is int and v in (0, 1),
-         "true or false": lambda v: isinstance(v, bool), "a list": lambda v: isinstance(v, list),
-         "an object": lambda v: isinstance(v, dict),
-         "a finite number": lambda v: type(v) in (int, float) and math.isfinite(v)}
 
 
 def get(row, name, kind):
-    """row[name], checked to be of a kind in TYPES."""
+    """row[name], checked to be of a kind in KINDS."""
     if name not in row:
         raise UserError(f"no field '{name}'")
-    if not TYPES[kind](row[name]):
-        raise UserError(f"'{name}' is {json.dumps(row[name], default=str)[:40]}, expected {kind}")
-    if kind == "text":
-        try:
-            row[name].encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"'{name}' has half of a surrogate pair at character {error.start}: not text") from None
+    if not KINDS[kind](row[name]):
+        half = " without half of a surrogate pair" if kind == "text" and isinstance(row[name], str) else ""
+        raise UserError(f"'{name}' is {json.dumps(row[name], default=str)[:40]}, expected {kind}{half}")
     return row[name]
 
 
@@ -607,50 +597,58 @@ class Tokenizer:
             raise UserError(f"{folder}: no tokenizer.json; save one there with transformers: "
                             "AutoTokenizer.from_pretrained(…, use_fast=True).save_pretrained(…)")
         self.folder, self.template = folder, template
-        self.backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.backend = self._ask(tokenizers.Tokenizer.from_file, str(folder / "tokenizer.json"))
         self.backend.no_padding()
         self.backend.no_truncation()
         files = ("special_tokens_map.json", "tokenizer_config.json")  # the later one wins
         config = {k: v for name in files if (folder / name).is_file() for k, v in read_json(folder / name).items()}
+        check_keys(config, {"true or false": "add_bos_token"}, folder / files[1])
         self.bos, self.eos = (self._text(config.get(key), key) for key in ("bos_token", "eos_token"))
         self.eos_id = self.backend.token_to_id(self.eos) if self.eos else None
         if self.eos_id is None:
             raise UserError(f"{folder / files[1]}: names no eos_token that tokenizer.json knows")
         bos_id = self.backend.token_to_id(self.bos) if self.bos else None
         if template in TEMPLATES:
-            self.chat_template, adds_bos = TEMPLATES[template], self.backend.encode("").ids[:1] == [bos_id]
+            self.chat_template, adds_bos = TEMPLATES[template], self._ask(self.backend.encode, "").ids[:1] == [bos_id]
             if not (self.bos and config.get("add_bos_token", adds_bos)):
                 # Many tokenizers name a BOS that the model never saw in training; only a chat template knows
                 self.chat_template = self.chat_template.replace("{{ bos_token }}", "")
         else:
             self.chat_template = self._chat_template(config)
 
+    def _ask(self, function, *values, **named):
+        """Call the tokenizers library. Raises UserError where it cannot read tokenizer.json, or use it on a text."""
+        try:
+            return function(*values, **named)
+        except BaseException as error:  # its errors are bare Exceptions, and its panics not even that
+            if type(error) is not Exception and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{self.folder / 'tokenizer.json'}: cannot be used ({first_line(error)})") from None
+
     def _text(self, token, key):
         """The text of a special token: as tokenizer_config.json writes it, or by its number in config.json."""
         if token is None and (self.folder / "config.json").is_file():
             number = read_json(self.folder / "config.json").get(f"{key}_id")
-            return self.backend.id_to_token(number) if isinstance(number, int) and number >= 0 else None
-        return token["content"] if isinstance(token, dict) else token
+            return self.backend.id_to_token(number) if KINDS["a whole number"](number) else None
+        token = token.get("content") if isinstance(token, dict) else token
+        return check_keys({key: token}, {"text": key}, self.folder / "tokenizer_config.json")[key]
 
     def _chat_template(self, config):
         """The template's text: chat_template.jinja comes first; of a list of named templates, the one named default."""
-        path = self.folder / "chat_template.jinja"
-        template = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+        path, template = self.folder / "chat_template.jinja", config.get("chat_template")
+        if path.is_file():
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
         if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template
+            named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
+            config = {"chat_template": named.get("default")}
+        return check_keys(config, {"text": "chat_template"}, self.folder / "tokenizer_config.json").get("chat_template")
 
     @cached_property
     def compiled_template(self):
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                              extensions=["jinja2.ext.loopcontrols"])
-        jinja.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        jinja.globals.update(raise_exception=raise_exception, tools=None, documents=None,
-                             strftime_now=lambda form: datetime.now().strftime(form))
-        return jinja.from_string(self.chat_template)
+        return Sandbox().from_string(self.chat_template)
 
     def render(self, prompt, generation=True):
         """The text before a response. prompt: text (one user turn), a dialogue, or chat messages. generation: False
@@ -662,9 +660,11 @@ class Tokenizer:
             raise UserError(f"{self.folder}: the tokenizer has no chat template; choose one with --template: "
                             f"{', '.join(TEMPLATES)}")
         try:
+            self.compiled_template.environment.left = BUDGET
             return self.compiled_template.render(messages=as_messages(prompt), add_generation_prompt=generation,
                                                  bos_token=self.bos or "", eos_token=self.eos)
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError,
+                RuntimeError, SyntaxError, MemoryError) as error:  # a template is somebody's program
             who = f"--template {self.template}" if self.template in TEMPLATES else f"{self.folder}: the chat template"
             raise UserError(f"{who} refuses a prompt: {first_line(error)}") from None
 
@@ -701,11 +701,12 @@ class Tokenizer:
 
     def encode(self, texts):
         """list of texts -> list of lists of token ids, with no special token added."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = self._ask(self.backend.encode_batch_fast, list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids):
         """Token ids -> text, without special tokens."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        return self._ask(self.backend.decode, list(ids), skip_special_tokens=True)
 
     def answer(self, prompt, ids):
         """The text of token ids that continue those of a prompt. Template raw keeps the spaces at its ends."""

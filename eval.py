@@ -31,18 +31,19 @@ import numpy as np
 import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 import toy
 from data import (TEMPLATE_NAMES, TEMPLATES, Tokenizer, check_source, get_prompt, load_score_model,
                   load_scorer, load_sources, make_pairs, parse_line, read_lines, score_file, source_files, whole_lines)
-from lora_moe import (LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
-                      gate_report, is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights,
+from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
+                      is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights,
                       set_routers, use_expert, weights_hash)
-from losses import (Encoded, Processes, annotator_type, batches, encode, expert_margins, longest, markdown_table, measured,
-                    mixture_diagnostics, plot, router_table, score, terminal_table, whole_rows, win_rate)
-from model import (DTYPES, Transformer, UserError, content_hash, files_hash, find_folder, first_line, read_json,
-                   stream, write_text)
+from losses import (Encoded, Processes, annotator_type, batches, content_hash, encode, expert_margins, files_hash,
+                    gate_report, longest, markdown_table, measured, mixture_diagnostics, plot, router_table, score,
+                    terminal_table, whole_rows, win_rate)
+from model import DTYPES, Transformer, UserError, find_folder, first_line, read_json, stream, write_text
 
 # Prompts and answers
 
@@ -545,7 +546,6 @@ def evaluate_answers(runs, args):
     table, and write it with all settings to --out.md and --out.json. Several processes share the answering alone."""
     processes = Processes.join()
     out = Path(args.out or f"out/eval-{Path(args.prompts).stem}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     configs = [read_json(Path(run) / "config.json") for run in runs]
     splits = {(one["seed"], one["held_out"]) for one in configs if args.prompts in one.get("data", ())}
     if len(splits) > 1 and not source_files(args.prompts)[1]:
@@ -554,6 +554,7 @@ def evaluate_answers(runs, args):
     answers, metrics, starts, routers, gates = answer_with(runs, prompts, args, processes)
     if processes.rank:
         return
+    out.parent.mkdir(parents=True, exist_ok=True)
     baseline = args.baseline or "start"
     judges = {"rule": "a refusal rule (eval.py: refuses), English only"}
     judged = [score_answers(prompts, answers, baseline, args)]
@@ -630,6 +631,17 @@ def weighted_names(text):
     return tuple((name, share) for (name, _, _), share in zip(parts, shares))
 
 
+def gate_weights(text):
+    """The name of a learned gate, or the fixed weights of one: "0.3,0.7"."""
+    try:
+        weights = text if text in GATES else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    if not weights or text not in GATES and not all(0 < weight < math.inf for weight in weights):
+        raise argparse.ArgumentTypeError(f"expected {', '.join(GATES)} or positive numbers with commas, not {text!r}")
+    return weights
+
+
 def check_values(settings, values):
     """Raise UserError for a value that is not one of its field's choices, or out of its bounds."""
     for flag in fields(settings):
@@ -638,7 +650,7 @@ def check_values(settings, values):
             raise UserError(f"--{flag.name} {value}: choose from {', '.join(filter(None, flag.metadata['choices']))}")
         numbers = value if isinstance(value, tuple) else (value,)
         for number in (one for one in numbers if isinstance(one, (int, float))):
-            wrong = ("not a finite number" if not math.isfinite(number) else
+            wrong = ("not a finite number" if not abs(number) < math.inf else
                      f"must be at least {least}" if least is not None and number < least else
                      f"must be more than {above}" if above is not None and number <= above else
                      f"must be less than {below}" if below is not None and number >= below else
@@ -680,7 +692,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """One line instead of argparse's page of usage, with the nearest flag where one was mistyped."""
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
         near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else []
         raise UserError(message + (f"; did you mean {near[0]}?" if near else ""))
 
@@ -712,8 +724,8 @@ def as_command(main, name, interrupted):
     name += f" (rank {rank})" if (rank := os.environ.get("RANK", "0")) != "0" else ""
     try:
         main()
-    except UserError as error:
-        sys.exit(f"{name}: {error}")
+    except (UserError, SafetensorError, OSError) as error:  # a full disk, a folder that may not be written, a long name
+        sys.exit(f"{name}: {UserError(str(error))}")
     except KeyboardInterrupt as stopped:
         print(f"{name}: {interrupted}", file=sys.stderr)
         sys.exit(0 if stopped.args == (signal.SIGTERM,) else 130)

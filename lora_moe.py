@@ -17,12 +17,10 @@ import json
 import math
 import re
 import shutil
-from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import numpy as np
@@ -33,8 +31,8 @@ from filelock import Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from losses import ALONE, batches, encode, longest, response_logps, sequence_logps, whole_rows
-from model import (ScoreModel, Transformer, UserError, atomic_file, atomic_folder, first_line, one_line_if_full,
+from losses import ALONE, batches, encode, gate_report, longest, response_logps, sequence_logps, whole_rows
+from model import (BROKEN, ScoreModel, Transformer, UserError, atomic_file, atomic_folder, check_keys, first_line,
                    read_json, read_tensors, stored_name, write_text)
 
 
@@ -129,9 +127,12 @@ ROUTERS = {"sigmoid": SigmoidRouter, "softmax": SoftmaxRouter}  # learned ones, 
 
 def make_router(spec, d_in, num_experts, generator=None):
     """The router of a specification {"type": "constant" or a name in ROUTERS, …its settings}."""
-    settings = {name: value for name, value in spec.items() if name != "type"}
+    settings = {name: value for name, value in spec.items() if name != "type" and value is not None}
     if spec["type"] == "constant":
-        return ConstantRouter(settings.get("weights", [1.0] * num_experts))
+        weights = settings.get("weights", [1.0] * num_experts)
+        if len(weights) != num_experts:
+            raise UserError(f"{len(weights)} weights for {num_experts} experts")
+        return ConstantRouter(weights)
     router = ROUTERS[spec["type"]](d_in, num_experts, generator, **settings)
     router.spec["type"] = spec["type"]  # a subclass is stored by its own name
     return router
@@ -147,17 +148,6 @@ def seeded_linear(d_in, d_out, bias, generator):
 
 
 GATES = ("constant", "prompt", "user")
-
-
-def gate_weights(text):
-    """The name of a learned gate, or the fixed weights of one: "0.3,0.7"."""
-    try:
-        weights = text if text in GATES else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        weights = ()
-    if not weights or text not in GATES and not all(0 < weight < math.inf for weight in weights):
-        raise ArgumentTypeError(f"expected {', '.join(GATES)} or positive numbers with commas, not {text!r}")
-    return weights
 
 
 class Gate(nn.Module):
@@ -326,23 +316,34 @@ def add_gate(model, gate, groups=()):
     return model
 
 
-def select_modules(targets, names):
+def select_modules(targets, names, where="lora_targets"):
     """The names that `targets` selects: "mlp", or PEFT's rules. Raises UserError when a target selects nothing."""
     if targets == "all-linear":
         return [name for name in names if name not in ("lm_head", "score")]
     if targets == "mlp":
         return [name for name in names if ".mlp." in name]
     if isinstance(targets, str):
-        chosen = [name for name in names if re.fullmatch(targets, name)]
+        chosen = [name for name in names if matches(targets, name, where)]
     else:
         chosen = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
         for target in targets:
             if not any(f".{name}".endswith(f".{target}") for name in chosen):
                 layers = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-                raise UserError(f"lora_targets: no layer is called {target!r}; there are {layers}")
+                raise UserError(f"{where}: no layer is called {target!r}; there are {layers}")
     if not chosen:
-        raise UserError(f"lora_targets: {targets!r} selects no layer")
+        raise UserError(f"{where}: {targets!r} selects no layer")
     return chosen
+
+
+def matches(pattern, name, where):
+    """True if a regular expression matches the whole name. Raises UserError if it is none, or may take for ever."""
+    try:
+        if not re.search(r"\)[*+{]", pattern):
+            return re.fullmatch(pattern, name) is not None
+        error = "it repeats a group"
+    except (re.error, OverflowError, RecursionError) as raised:
+        error = first_line(raised)
+    raise UserError(f"{where}: {pattern!r:.60} cannot be used as a regular expression ({error})")
 
 
 def wrap_linear(model, name, rank, alpha, num_experts=1, **settings):
@@ -489,6 +490,11 @@ def merge_experts(model):
 READ_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
 HARMLESS_KEYS = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
                  "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"}
+ADAPTER_KEYS = {"a whole number from 1 to a million": "r", "a number above 0": "lora_alpha", "an object":
+                "rank_pattern alpha_pattern", "true or false": "use_rslora", "text or a list of texts": "target_modules"}
+EXPERTS_KEYS = {"a whole number from 1 to a million": "num_experts rank hidden", "a whole number": "width",
+                "a number above 0": "alpha temperature", "true or false": "rslora empty", "text": "base type kind",
+                "a list of texts": "layers groups", "an object": "router gate", "a list": "weights"}
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others, such as PiSSA, change the base weights too
 
 
@@ -575,8 +581,9 @@ def adapter_warnings(model, folders, template=None):
     """A line for each adapter that was trained on another base or with another template than these."""
     warnings, base = [], base_hash(model) if folders else ""
     for folder in folders:
-        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("trained_on", "{}"))
+        path = Path(folder) / "adapter_model.safetensors"
+        with safe_open(path, "pt") as file:
+            metadata = read_json(path, text=(file.metadata() or {}).get("trained_on", "{}"))
         if metadata.get("base", base) != base:
             warnings.append(f"warning: {folder} was trained on other base weights than those of {model.origin}")
         if metadata.get("template", template or "chat") != (template or "chat"):
@@ -587,7 +594,7 @@ def adapter_warnings(model, folders, template=None):
 
 def read_adapter_config(path):
     """The dictionary in an adapter_config.json. Raises UserError naming the first setting that we do not implement."""
-    config = read_json(path)
+    config = read_json(path, ADAPTER_KEYS)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type = {config.get('peft_type')!r} is not supported")
     for key, value in config.items():
@@ -597,21 +604,23 @@ def read_adapter_config(path):
     for key in ("r", "lora_alpha", "target_modules"):
         if not config.get(key):
             raise UserError(f"{path}: {key} is missing")
+    for key, kind in (("rank_pattern", "a whole number from 1 to a million"), ("alpha_pattern", "a number above 0")):
+        for value in (config.get(key) or {}).values():
+            check_keys({key: value}, {kind: key}, path)
     return config
 
 
 def read_adapter(model, folder):
-    """{name of our layer: (A, B, alpha, rslora)} of an adapter in PEFT's format.
-
-    Raises UserError naming the setting or the tensor when the adapter does not fit the model.
-    """
+    """{name of our layer: (A, B, alpha, rslora)} of an adapter in PEFT's format. Raises UserError naming the setting or
+    the tensor that does not fit the model."""
     folder = Path(folder)
     config = read_adapter_config(folder / "adapter_config.json")
     path = folder / "adapter_model.safetensors"
     tensors, modules, layers = dict(read_tensors(path)), peft_modules(model), {}
-    for theirs in select_modules(config["target_modules"], modules):
-        rank = pattern_value(config.get("rank_pattern"), theirs, config["r"])
-        alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"])
+    where = f"{folder / 'adapter_config.json'}: target_modules"
+    for theirs in select_modules(config["target_modules"], modules, where):
+        rank = pattern_value(config.get("rank_pattern"), theirs, config["r"], where)
+        alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"], where)
         bases = [model.get_submodule(name) for name in modules[theirs]]
         wanted = {"lora_A": (rank, bases[0].in_features), "lora_B": (sum(b.out_features for b in bases), rank)}
         pair = {}
@@ -623,7 +632,7 @@ def read_adapter(model, folder):
                 raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {shape}")
             pair[key] = tensors.pop(name)
         for name, part in zip(modules[theirs], pair["lora_B"].chunk(len(modules[theirs]))):
-            layers[name] = pair["lora_A"], part, alpha, config.get("use_rslora", False)
+            layers[name] = pair["lora_A"], part, alpha, bool(config.get("use_rslora"))
     if tensors:
         raise UserError(f"{path}: unexpected tensor {min(tensors)}")
     return layers
@@ -649,9 +658,10 @@ def load_adapter(model, *folders):
     return model
 
 
-def pattern_value(patterns, module, default):
+def pattern_value(patterns, module, default, where):
     """PEFT's per-layer exceptions: the value of the first key that matches the end of the module's name."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    fitting = (value for key, value in (patterns or {}).items() if matches(rf"(.*\.)?({key})", module, where))
+    return next(fitting, default)
 
 
 def is_router(name):
@@ -679,23 +689,24 @@ def save_experts(model, folder):
 
 @torch.no_grad()
 def load_experts(model, folder):
-    """Wrap the model with the mixture that `save_experts` wrote. Returns the model.
-
-    Raises UserError naming the setting or the tensor when the mixture does not fit the model.
-    """
+    """Wrap the model with the mixture that `save_experts` wrote. Returns the model. Raises UserError naming the setting
+    or the tensor that does not fit."""
     folder = Path(folder)
-    path, config = folder / "experts.safetensors", read_json(folder / "experts.json")
-    tensors = dict(read_tensors(path))
+    path, described = folder / "experts.safetensors", folder / "experts.json"
+    config, tensors = read_json(described, EXPERTS_KEYS), dict(read_tensors(path))
+    router, gate = (check_keys(config.get(key) or {}, EXPERTS_KEYS, described) for key in ("router", "gate"))
+    largest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
     try:
-        if config["rank"] < 1:
-            raise UserError(f"rank {config['rank']}")
+        if max(config["rank"] * config["num_experts"], router.get("hidden", 0), gate.get("width", 0)) > largest:
+            raise UserError("rank, num_experts, hidden or width are more than the tensors have")
+        if config["gate"] and config["gate"]["kind"] not in ("fixed", *GATES):
+            raise UserError(f"gate {config['gate']['kind']}")
         add_experts(model, config["layers"], config["rank"], config["alpha"], config["num_experts"], config["rslora"],
                     router=config["router"])
         if config["gate"]:
             model.gate = Gate(num_experts=config["num_experts"], **config["gate"])
-    except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{folder / 'experts.json'}: does not describe experts of this model ({first_line(error)})"
-                        ) from None
+    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
+        raise UserError(f"{described}: does not describe experts of this model ({first_line(error)})") from None
     for name, tensor in model.state_dict().items():
         if is_mixture(name):
             if name not in tensors or tensors[name].shape != tensor.shape:
@@ -704,22 +715,6 @@ def load_experts(model, folder):
     if tensors:
         raise UserError(f"{path}: unexpected tensor {min(tensors)}")
     return model
-
-
-@torch.no_grad()
-def gate_report(model):
-    """{"kind", "experts": their names, "weights": of the experts for all or, of a gate on users, for an unknown user,
-    "users": {user: weights}}; a gate on prompts has instead "weight" (D, K) and "bias": its weights are softmax(mean
-    hidden state of the prompt under the base · weight + bias)."""
-    gate, users = model.gate, model.gate.spec["groups"]
-    report = {"kind": gate.kind, "experts": [f"expert-{k}" for k in range(count_experts(model))]}
-    if gate.kind == "prompt":
-        return report | {"weight": gate.weight.tolist(), "bias": gate.bias.tolist()}
-    report["weights"] = gate(group=torch.tensor([-1], device=gate.bias.device)).exp()[0].tolist()
-    if gate.kind == "user":
-        numbers = torch.arange(len(users), device=gate.bias.device)
-        report["users"] = dict(zip(users, gate(group=numbers).exp().tolist()))
-    return report
 
 
 def export_experts(model, folder, template=None):
@@ -756,12 +751,11 @@ def open_run(out, settings, free, resume, lock):
     system frees when this process ends, however it does. Raises UserError when another run writes there, the folder
     cannot be written, or a run is resumed with other settings.
     """
-    with one_line_if_full(f"--out {out}"):
+    try:
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"--out {out}: another run is writing there; wait for it, or name another folder") from None
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another run is writing there; wait for it, or name another folder") from None
     finish_move(out)
     for folder in (out / ".new", out) if resume else ():
         before = read_settings(folder)
@@ -774,10 +768,9 @@ def open_run(out, settings, free, resume, lock):
                                 "--resume to begin a new run")
             return None if before.get("finished") else folder
     work = out / ".new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
-    with one_line_if_full(f"--out {out}"):
-        work.mkdir(exist_ok=True)
-        for path in run_files(work):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    work.mkdir(exist_ok=True)
+    for path in run_files(work):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_text(work / "config.json", json.dumps(settings, indent=2) + "\n")
     return work
 
@@ -862,12 +855,12 @@ def load_checkpoint(out, parameters, optimizer):
         return 0, 0, []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise UserError(f"{path}: broken, or not a checkpoint of this program ({first_line(error)})") from None
-    stored = state["parameters"]
-    for name, parameter in parameters:
-        if name not in stored or stored[name].shape != parameter.shape:
-            raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
-        parameter.copy_(stored[name])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"], state["logged"], state["sums"]
+        stored, done = state["parameters"], (state["step"], state["logged"], state["sums"])
+        for name, parameter in parameters:
+            if name not in stored or stored[name].shape != parameter.shape:
+                raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
+            parameter.copy_(stored[name])
+        optimizer.load_state_dict(state["optimizer"])
+    except BROKEN as error:
+        raise UserError(f"--resume: {path} is broken, start without --resume ({first_line(error)})") from None
+    return done

@@ -9,6 +9,7 @@ SPE-DPO are −log σ(r_chosen − r_rejected − offset) and differ in the offs
 Letters in shape comments: N pairs, R responses per prompt, B rows, T tokens per row, M response tokens in the batch,
 D width, V vocabulary.
 """
+import hashlib
 import itertools
 import json
 import math
@@ -17,9 +18,11 @@ import re
 import sys
 from array import array
 from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import wraps
 from os.path import commonprefix
 from pathlib import Path
 
@@ -27,6 +30,8 @@ import numpy as np
 import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
+from jinja2 import TemplateError, nodes, pass_context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -601,6 +606,20 @@ def alarms(rows):
 def whole_rows(path):
     """The objects on the whole lines of a .jsonl file, which may be half written; none without a file."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
+@torch.no_grad()
+def gate_report(model):
+    """{"kind", "experts": their names, "weights": of the experts for all or, of a gate on users, for an unknown user,
+    "users": {user: weights}}; a gate on prompts has instead "weight" (D, K) and "bias": its weights are softmax(mean
+    hidden state of the prompt under the base · weight + bias)."""
+    gate, users = model.gate, model.gate.spec["groups"]
+    report = {"kind": gate.kind, "experts": [f"expert-{k}" for k in range(len(model.gate.bias))]}
+    if gate.kind == "prompt":
+        return report | {"weight": gate.weight.tolist(), "bias": gate.bias.tolist()}
+    report["weights"] = gate(group=torch.tensor([-1], device=gate.bias.device)).exp()[0].tolist()
+    if gate.kind == "user":
+        numbers = torch.arange(len(users), device=gate.bias.device)
+        report["users"] = dict(zip(users, gate(group=numbers).exp().tolist()))
+    return report
 
 
 def router_l1(safety, helpfulness):
@@ -814,3 +833,112 @@ def plot(rows, headings, routers, gates, runs, out):
         axes.set(xlabel="optimiser step", ylabel=key)
     panels[0].legend(fontsize=8)
     save(figure, "training")
+
+
+# Hashes of files
+
+
+def content_hash(paths, *settings):
+    """Hash of the bytes of these files and of the settings: 32 hex digits."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def files_hash(path):
+    """Hash of the names, sizes and times of a file or of a folder's files (hashing gigabytes of weights is slow)."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest()
+
+
+# Chat templates in a sandbox: data.py's Tokenizer renders prompts with them
+
+BUDGET, STEP = 1 << 28, 1000  # characters that a template may read and write for one prompt; what a part counts as
+QUICK = {"count", "default", "defined", "first", "last", "length", "none", "string"}  # filters and tests: they are free
+PAID = {nodes.Output: "nodes", nodes.Concat: "nodes", nodes.List: "items", nodes.Tuple: "items", nodes.Pair: "value",
+        nodes.Compare: "expr", nodes.Operand: "expr", nodes.For: "iter", nodes.Getitem: "node"}  # what reads this field
+FORMAT_WIDTH = re.compile(r"%[^a-zA-Z%]*[\d*]|\{[^}]*:")  # in a format
+
+
+def size(value, limit=BUDGET):
+    """The characters of a text, or of all parts of a container and STEP for each; not counted on beyond the limit."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    total, parts = 1, value.items() if isinstance(value, dict) else value
+    for part in parts if isinstance(parts, Collection) else ():
+        total += STEP + size(part, limit - total)
+        if total > limit:
+            break
+    return total
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Where chat templates run. Jinja's sandbox keeps them from Python's internals, and a budget makes them end: all that
+    takes more than a moment is paid for, before it is done, by the size of what it reads and may write."""
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
+
+    def __init__(self):
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+
+        def raise_exception(message):
+            raise TemplateError(message)
+
+        self.filters |= {"tojson": lambda value, **options: json.dumps(value, ensure_ascii=False, **options),
+                         "format": lambda text, *values, **named: self.call_binop(None, "%", text, values or named)}
+        for table in (self.filters, self.tests):
+            table.update({name: self.paying(function) for name, function in table.items() if name not in QUICK})
+        self.filters["paid"] = self.paid
+        self.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None,
+                         "strftime_now": lambda form: datetime.now().strftime(form)}
+        del self.globals["lipsum"]
+
+    def from_string(self, source):
+        tree, self.step, self.left = self.parse(source), STEP + len(source), BUDGET
+        for node in tree.find_all(tuple(PAID)):
+            one_part = isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice)
+            if one_part or isinstance(node, nodes.Tuple) and node.ctx == "store":
+                continue
+            values, turns = getattr(node, PAID[type(node)]), [nodes.Const(True)] * isinstance(node, nodes.For)
+            paid = [nodes.Filter(value, "paid", turns, [], None, None, lineno=node.lineno)
+                    for value in (values if isinstance(values, list) else [values])]
+            setattr(node, PAID[type(node)], paid if isinstance(values, list) else paid[0])
+        return super().from_string(tree)
+
+    def pay(self, *values, steps=0):
+        """Take the product of these sizes from the budget, that of a whole number being itself, and so many steps."""
+        sizes = (abs(value) if isinstance(value, int) else size(value, self.left) for value in values)
+        self.left -= math.prod(max(1, one) for one in sizes) + steps * self.step
+        if self.left < 0:
+            raise TemplateError("it does not end, or writes more than a prompt can have")
+
+    @pass_context  # such a filter is never called while compiling
+    def paid(self, context, value, turns=False):
+        self.pay([value], steps=len(value) if turns else 0)
+        return value
+
+    def paying(self, function):
+        """A filter or test that pays for the product of its arguments: what replace, join or center may write."""
+        @wraps(function)
+        def pay_and_call(*values, **named):
+            self.pay(*values[hasattr(function, "jinja_pass_arg"):], *named.values())  # without Jinja's own
+            result = function(*values, **named)
+            return list(result) if isinstance(result, Iterator) else result
+        return pay_and_call
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "%" and not isinstance(left, (int, float)) and FORMAT_WIDTH.search(left):
+            raise TemplateError("a width in a format")
+        self.pay(*([[left, right]] if operator == "+" else [left, right]))
+        return super().call_binop(context, operator, left, right)
+
+    def call(__self, __context, __function, *values, **named):  # the names of Jinja's, which no template can pass
+        owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)  # Jinja wraps str.format
+        if isinstance(owner, str) and "format" in __function.__name__ and FORMAT_WIDTH.search(owner):
+            raise TemplateError("a width in a format")
+        arguments = [*values, *named.values()]
+        __self.pay(*([owner, *arguments] if isinstance(owner, (str, bytes, int)) else [arguments]), steps=1)
+        return super().call(__context, __function, *values, **named)

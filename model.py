@@ -6,7 +6,6 @@ all in ModelConfig. Module and parameter names are Hugging Face's; only GPT-2's 
 Read in this order: ModelConfig, the layers, Transformer, ScoreModel, generate, then loading and saving.
 Letters in shape comments: B rows, T tokens per row, S keys, D width, V vocabulary, H heads, C head width.
 """
-import hashlib
 import json
 import math
 import os
@@ -34,6 +33,8 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_SIZE = "5GB"
+BROKEN = (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, AttributeError, ValueError, TypeError,
+          LookupError)  # what reading damaged weights raises
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -43,18 +44,61 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 class UserError(Exception):
     """A mistake of the person at the keyboard: shown as one line, without a traceback."""
 
+    def __init__(self, message):  # what it quotes from a file may be of any length, and hold what a terminal obeys
+        line = "".join(character if character.isprintable() else " " for character in message)
+        super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-200:]}")
 
-def read_json(path):
-    """The object in a JSON file. Raises UserError that names the file when it cannot be read."""
+
+def read_json(path, kinds={}, text=None):
+    """The object in a JSON file, or in a text from one, checked by `check_keys`. Raises UserError naming the file."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
+        values = json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
+    except OSError as error:
+        raise UserError(f"{path}: {str(error.strerror).replace(' or directory', '').lower()}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, deeply nested
+        raise UserError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")
+    return check_keys(values, kinds, path)
+
+
+KINDS = {  # of values in files: what a message calls them, and whether a value is one
+    "text": lambda v: isinstance(v, str) and not re.search("[\ud800-\udfff]", v),
+    "a list": lambda v: isinstance(v, list), "an object": lambda v: isinstance(v, dict),
+    "true or false": lambda v: isinstance(v, bool), "0 or 1": lambda v: type(v) is int and v in (0, 1),
+    "a finite number": lambda v: type(v) in (int, float) and abs(v) < 1e300,
+    "a number above 0": lambda v: type(v) in (int, float) and 0 < v < 1e300,
+    "a whole number": lambda v: type(v) is int and 0 <= v < 2 ** 31,
+    "a whole number from 1 to 512": lambda v: type(v) is int and 0 < v <= 512,
+    "a whole number from 1 to a million": lambda v: type(v) is int and 0 < v <= 10 ** 6,
+    "a list of texts": lambda v: isinstance(v, list) and all(map(KINDS["text"], v)),
+    "text or a list of texts": lambda v: KINDS["text"](v) or KINDS["a list of texts"](v),
+    "token ids": lambda v: all(map(KINDS["a whole number"], v if isinstance(v, list) else [v]))}
+
+
+def check_keys(values, kinds, path):
+    """The values; raises UserError for one that is not of its key's kind. null is of any. kinds: {kind: keys}."""
+    for kind, keys in kinds.items():
+        for key in keys.split():
+            if values.get(key) is not None and not KINDS[kind](values[key]):
+                raise UserError(f"{path}: {key} is {values[key]!r:.60}, expected {kind}")
     return values
+
+
+CONFIG_KEYS = {  # of config.json; layers take memory as soon as they are made, the other sizes when weights fit them
+    "a whole number from 1 to 512": "num_hidden_layers n_layer",
+    "a whole number from 1 to a million": "vocab_size hidden_size intermediate_size num_attention_heads head_dim n_head "
+                                          "num_key_value_heads n_embd n_inner query_pre_attn_scalar",
+    "a whole number": "max_position_embeddings n_positions sliding_window max_window_layers",
+    "a finite number": "attn_logit_softcapping final_logit_softcapping",
+    "a number above 0": "rms_norm_eps layer_norm_epsilon rope_theta factor low_freq_factor high_freq_factor "
+                        "original_max_position_embeddings",
+    "true or false": "tie_word_embeddings attention_bias mlp_bias use_sliding_window scale_attn_weights "
+                     "scale_attn_by_inverse_layer_idx score_bias bias do_normalize",
+    "text": "model_type hidden_act hidden_activation activation_function dtype torch_dtype score_type type rope_type",
+    "a list of texts": "architectures layer_types", "an object": "rope_parameters rope_scaling",
+    "token ids": "eos_token_id"}
+NULL_IS_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # of other keys, the default
 
 
 def first_line(error):
@@ -67,24 +111,14 @@ def atomic_file(path):
     """Write a file atomically: yields a temporary path, which is renamed to `path` at the end."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may write the same file
-    with one_line_if_full(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def one_line_if_full(path):
-    """Raise UserError where the disk is full, or the folder cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or first_line(error)})") from None
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync(path):
@@ -142,86 +176,83 @@ class ModelConfig:
     hf: dict = field(default_factory=dict)
 
     @classmethod
-    def from_hf(cls, config):
-        """Read a config.json dictionary, older or newer spelling.
-
-        Raises UserError for a model_type, RoPE scaling or activation that this file does not implement.
-        """
-        kind = config.get("model_type")
-        if kind not in FAMILIES:
-            raise UserError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
+    def from_hf(cls, config, path="config.json"):
+        """Read a config.json dictionary, older or newer spelling. Raises UserError for what we do not implement."""
+        c = {key: value for key, value in config.items() if value is not None or key in NULL_IS_OFF}
+        rope = check_keys(c.get("rope_parameters") or c.get("rope_scaling") or {}, CONFIG_KEYS, path)
+        kind, rope_type = c.get("model_type"), rope.get("rope_type") or rope.get("type") or "default"
+        activation = c.get({"gpt2": "activation_function", "gemma2": "hidden_activation"}.get(kind, "hidden_act"))
+        if kind in ("gemma", "gemma2") and activation == "gelu":  # a slip in Gemma's first files, for the tanh form
+            activation = None
+        for what, value, supported in (("model_type", kind, FAMILIES), ("activation", activation, ACTIVATIONS),
+                                       ("RoPE scaling", rope_type, ("default", "linear", "llama3")),
+                                       ("torch_dtype", c.get("dtype") or c.get("torch_dtype"), DTYPES)):
+            if value not in supported and (value is not None or what == "model_type"):
+                raise UserError(f"{path}: {what} {value!r} is not supported; supported: {', '.join(supported)}")
         try:
-            ours = cls._from_gpt2(config) if kind == "gpt2" else cls._from_llama_like(kind, config)
+            ours = cls._from_gpt2(c) if kind == "gpt2" else cls._from_llama_like(kind, c, rope)
+            ours.activation = activation or ours.activation
+            ours.rope_scaling = {} if rope_type == "default" else {**rope, "rope_type": rope_type}
             rope_frequencies(ours)  # here, so that a number that its scaling lacks is a KeyError now
         except KeyError as missing:
-            raise UserError(f"config.json: {missing} is missing") from None
-        if ours.activation not in ACTIVATIONS:
-            raise UserError(f"config.json: activation {ours.activation!r} is not supported; "
-                            f"supported: {', '.join(ACTIVATIONS)}")
-        if "score_type" in config:  # written by safe-rlhf; older versions call score_bias just bias
-            ours.score_name, ours.score_bias = "score_head", config.get("score_bias", config.get("bias", False))
-            if config.get("do_normalize"):
-                ours.normalizer = {"reward": "affine", "cost": "scale"}.get(config["score_type"], "")
+            raise UserError(f"{path}: {missing} is missing") from None
+        wrong = ("num_attention_heads is no multiple of num_key_value_heads" if ours.num_heads % ours.num_kv_heads else
+                 "head_dim is odd" if ours.head_dim % 2 and not ours.learned_positions else
+                 f"layer_types has not {ours.num_layers} entries" if len(ours.windows) != ours.num_layers else
+                 "GPT-2 with unscaled or layer-scaled attention is not supported" if kind == "gpt2" and (
+                     c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True)) else "")
+        if wrong:
+            raise UserError(f"{path}: {wrong}")
+        if "score_type" in c:  # written by safe-rlhf; older versions call score_bias just bias
+            ours.score_name, ours.score_bias = "score_head", c.get("score_bias", c.get("bias", False))
+            if c.get("do_normalize"):
+                ours.normalizer = {"reward": "affine", "cost": "scale"}.get(c["score_type"], "")
+        ours.eos_ids, ours.hf = as_ids(c.get("eos_token_id")), config
         return ours
 
     @classmethod
-    def _from_llama_like(cls, kind, c):
-        layers, heads = c["num_hidden_layers"], c["num_attention_heads"]
-        rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-        old_type = rope.pop("type", None)
-        rope_type = rope.pop("rope_type", None) or old_type or "default"
-        theta = rope.pop("rope_theta", None) or c.get("rope_theta") or 10000.0
-        if rope_type not in ("default", "linear", "llama3"):
-            raise UserError(f"config.json: RoPE scaling {rope_type!r} is not supported; "
-                            "supported: default, linear, llama3")
-        gemma = kind in ("gemma", "gemma2")
-        activation = c.get("hidden_activation" if kind == "gemma2" else "hidden_act")
-        if gemma and activation in (None, "gelu"):  # "gelu" in Gemma's first files was a slip for the tanh form
-            activation = "gelu_pytorch_tanh"
-        bias = bool(c.get("attention_bias")) and kind not in ("mistral", "qwen2")  # those two do not read the key
+    def _from_llama_like(cls, kind, c, rope):
+        gemma, gemma2, heads = kind in ("gemma", "gemma2"), kind == "gemma2", c["num_attention_heads"]
+        bias = c.get("attention_bias", False) and kind not in ("mistral", "qwen2")  # those two do not read the key
         return cls(
             model_type=kind, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
-            intermediate_size=c["intermediate_size"], num_layers=layers, num_heads=heads,
-            num_kv_heads=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or (256 if gemma else 128 if kind == "qwen3" else c["hidden_size"] // heads),
+            intermediate_size=c["intermediate_size"], num_layers=c["num_hidden_layers"], num_heads=heads,
+            num_kv_heads=c.get("num_key_value_heads", heads),
+            head_dim=c.get("head_dim", 256 if gemma else 128 if kind == "qwen3" else c["hidden_size"] // heads),
             max_positions=c.get("max_position_embeddings", 2048), norm_eps=c.get("rms_norm_eps", 1e-6),
-            activation=activation or "silu", rope_theta=float(theta),
-            rope_scaling={} if rope_type == "default" else {"rope_type": rope_type, **rope},
+            activation="gelu_pytorch_tanh" if gemma else "silu",
+            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta", 10000.0)),
             tied=c.get("tie_word_embeddings", gemma), qkv_bias=kind == "qwen2" or bias, o_bias=bias,
-            mlp_bias=kind == "llama" and bool(c.get("mlp_bias")), qk_norm=kind == "qwen3",
-            norm_offset=1.0 if gemma else 0.0, post_norms=kind == "gemma2", scale_embedding=gemma,
-            attention_scale=c.get("query_pre_attn_scalar", 256) ** -0.5 if kind == "gemma2" else 0.0,
-            attention_softcap=c.get("attn_logit_softcapping", 50.0) or 0.0 if kind == "gemma2" else 0.0,
-            logit_softcap=c.get("final_logit_softcapping", 30.0) or 0.0 if kind == "gemma2" else 0.0,
-            windows=cls._windows(kind, c, layers), eos_ids=as_ids(c.get("eos_token_id")), hf=c)
+            mlp_bias=kind == "llama" and c.get("mlp_bias", False), qk_norm=kind == "qwen3",
+            norm_offset=1.0 if gemma else 0.0, post_norms=gemma2, scale_embedding=gemma,
+            attention_scale=c.get("query_pre_attn_scalar", 256) ** -0.5 if gemma2 else 0.0,
+            attention_softcap=c.get("attn_logit_softcapping", 50.0) or 0.0 if gemma2 else 0.0,
+            logit_softcap=c.get("final_logit_softcapping", 30.0) or 0.0 if gemma2 else 0.0,
+            windows=cls._windows(kind, c, c["num_hidden_layers"]))
 
     @classmethod
     def _from_gpt2(cls, c):
         width, heads = c["n_embd"], c["n_head"]
-        if c.get("scale_attn_by_inverse_layer_idx") or not c.get("scale_attn_weights", True):
-            raise UserError("config.json: GPT-2 with unscaled or layer-scaled attention is not supported")
         return cls(
             model_type="gpt2", vocab_size=c["vocab_size"], hidden_size=width,
-            intermediate_size=c.get("n_inner") or 4 * width, num_layers=c["n_layer"], num_heads=heads,
+            intermediate_size=c.get("n_inner", 4 * width), num_layers=c["n_layer"], num_heads=heads,
             num_kv_heads=heads, head_dim=width // heads, max_positions=c.get("n_positions", 1024),
-            norm_eps=c.get("layer_norm_epsilon", 1e-5), activation=c.get("activation_function", "gelu_new"),
+            norm_eps=c.get("layer_norm_epsilon", 1e-5), activation="gelu_new",
             tied=c.get("tie_word_embeddings", True), qkv_bias=True, o_bias=True, mlp_bias=True, gated_mlp=False,
-            layer_norm=True, learned_positions=True, windows=(0,) * c["n_layer"],
-            eos_ids=as_ids(c.get("eos_token_id")), hf=c)
+            layer_norm=True, learned_positions=True, windows=(0,) * c["n_layer"])
 
     @staticmethod
     def _windows(kind, c, layers):
         """Which layers slide: `layer_types` says so in newer configs, a rule per family in older ones."""
-        window = c.get("sliding_window", 4096) or 0
-        if kind == "mistral":
-            return (window,) * layers
         if kind in ("llama", "gemma") or (kind in ("qwen2", "qwen3") and not c.get("use_sliding_window")):
             return (0,) * layers
-        if c.get("layer_types"):
-            return tuple(window if kind == "sliding_attention" else 0 for kind in c["layer_types"])
-        if kind == "gemma2":
-            return tuple(window if i % 2 == 0 else 0 for i in range(layers))
-        return tuple(window if i >= c.get("max_window_layers", 28) else 0 for i in range(layers))
+        if kind == "mistral":
+            slides = [True] * layers
+        elif c.get("layer_types"):
+            slides = [name == "sliding_attention" for name in c["layer_types"]]
+        else:
+            slides = [i % 2 == 0 if kind == "gemma2" else i >= c.get("max_window_layers", 28) for i in range(layers)]
+        return tuple((c.get("sliding_window", 4096) or 0) * one for one in slides)
 
 
 def as_ids(value):
@@ -484,17 +515,6 @@ class Transformer(nn.Module):
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits
 
-    @torch.no_grad()
-    def init_weights(self, seed, deviation=0.02):
-        """Draw fresh weights: normal with this deviation, smaller where a block adds to the residual stream."""
-        generator = torch.Generator().manual_seed(seed)
-        residual = deviation / math.sqrt(2 * self.config.num_layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                parameter.normal_(0.0, residual if is_residual else deviation, generator=generator)
-        return self
-
     @classmethod
     def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu"):
         """Load a folder in Hugging Face layout, or a hub id. Weights are read once, into their final place.
@@ -509,11 +529,31 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, folder, chat_template=None):
-        """Write config.json, safetensors (in shards above 5 GB) and the tokenizer's files, atomically.
-
-        `transformers` loads the folder. chat_template: in place of the tokenizer's.
-        """
-        write_checkpoint(self, folder, chat_template)
+        """Write config.json, safetensors (in shards above 5 GB), the tokenizer's files and the chat template, atomically;
+        `transformers` loads the folder."""
+        weights, tensors = self.state_dict(), {}
+        kind, config = self.config.model_type, dict(self.config.hf)
+        if any(".base." in name for name in weights):
+            raise UserError("save_pretrained: the model carries experts; merge_experts(model) first, or save_adapter")
+        for name, ours in stored_layout(self).items():
+            tensor = weights[ours[0]] if len(ours) == 1 else torch.cat([weights[part] for part in ours])
+            tensors[name] = (tensor.t() if is_conv1d(name) else tensor).contiguous()
+        if isinstance(self, Transformer):
+            config["architectures"] = [FAMILIES[kind]]
+        elif self.config.score_name == "score":  # safe-rlhf has classes of its own
+            stem = FAMILIES[kind].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+            config |= {"architectures": [stem + "ForSequenceClassification"], "id2label": {"0": "LABEL_0"},
+                       "label2id": {"LABEL_0": 0}}
+        config.pop("dtype", None)  # newer files say dtype, older ones torch_dtype, which every reader knows
+        config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        with atomic_folder(folder) as temporary:
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_torch_state_dict(tensors, temporary, max_shard_size=SHARD_SIZE)
+            for name in TOKENIZER_FILES:
+                if self.folder and (self.folder / name).is_file():
+                    shutil.copyfile(self.folder / name, temporary / name)
+            if chat_template:
+                (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
 class ScoreModel(nn.Module):
@@ -713,35 +753,12 @@ def find_folder(name_or_dir):
     return find_folder(snapshot)
 
 
-def content_hash(paths, *settings):
-    """Hash of the bytes of these files and of the settings: 32 hex digits."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
-
-
-def files_hash(path):
-    """Hash of the names, sizes and times of a file or of a folder's files (hashing gigabytes of weights is slow)."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest()
-
-
 def read_config(folder):
     """ModelConfig of a checkpoint folder, with all the eos ids that generation_config.json names."""
-    hf = read_json(folder / "config.json")
-    try:
-        config = ModelConfig.from_hf(hf)
-        stored = str(hf.get("dtype") or hf.get("torch_dtype") or "float32")
-        if stored not in DTYPES:
-            raise UserError(f"config.json: torch_dtype {stored!r} is not supported; supported: {', '.join(DTYPES)}")
-    except UserError as error:
-        raise UserError(f"{folder}/{error}") from None
+    config = ModelConfig.from_hf(read_json(folder / "config.json", CONFIG_KEYS), folder / "config.json")
     if (folder / "generation_config.json").is_file():
-        config.eos_ids = as_ids(read_json(folder / "generation_config.json").get("eos_token_id")) or config.eos_ids
+        stated = read_json(folder / "generation_config.json", CONFIG_KEYS).get("eos_token_id")
+        config.eos_ids = as_ids(stated) or config.eos_ids
     return config
 
 
@@ -749,14 +766,14 @@ def weight_files(folder):
     """The files that hold a checkpoint's tensors. Raises UserError when there are none or one is missing."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (folder / index).is_file():
-            weight_map = read_json(folder / index).get("weight_map")
-            if not isinstance(weight_map, dict):
+            weight_map = read_json(folder / index, {"an object": "weight_map"}).get("weight_map")
+            if not weight_map:
                 raise UserError(f"{folder / index}: has no weight_map")
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if Path(name).name != name or not (folder / name).is_file():
+            files = {path.name: path for path in folder.iterdir() if path.is_file()}
+            for name in weight_map.values():
+                if not isinstance(name, str) or name not in files:
                     raise UserError(f"{folder / index}: names {name}, which is not a file in this folder")
-            return [folder / name for name in names]
+            return [files[name] for name in sorted(set(weight_map.values()))]
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
@@ -777,7 +794,7 @@ def read_tensors(path, dtype=None):
                 if stored not in STORED_DTYPES.values() and not is_derived(name):
                     raise UserError(f"{path}: {name} is stored as {stored}, which is not supported")
                 yield name, tensor.to(dtype or tensor.dtype)
-    except (SafetensorError, RuntimeError, OSError, EOFError, UnpicklingError, AttributeError) as error:
+    except BROKEN as error:
         raise UserError(f"{path}: broken, cut short or not plain tensors ({first_line(error)})") from None
 
 
@@ -809,9 +826,8 @@ def read_safetensors(path, dtype):
 
 
 GPT2_NAMES = {
-    "model.layers": "transformer.h", "model.embed_tokens": "transformer.wte",
-    "model.embed_positions": "transformer.wpe",
-    "model.norm": "transformer.ln_f", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+    "model.layers": "transformer.h", "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f",
+    "model.embed_positions": "transformer.wpe", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
     "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn", "self_attn.v_proj": "attn.c_attn",
     "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 
@@ -879,48 +895,20 @@ def atomic_folder(folder):
     """Write a folder atomically: yields a temporary one, which is renamed to `folder` at the end."""
     folder = Path(folder)
     temporary, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    with one_line_if_full(folder):
-        if old.exists() and not folder.exists():
-            old.rename(folder)  # an earlier writer was killed between its two renames
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
-            yield temporary
-            for file in (*temporary.rglob("*"), temporary):
-                sync(file)
-            if folder.exists():
-                folder.rename(old)
-            temporary.rename(folder)
-            sync(folder.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-
-
-def write_checkpoint(model, folder, chat_template=None):
-    """The body of `save_pretrained`, the same for language and score models."""
-    weights, tensors = model.state_dict(), {}
-    kind, config = model.config.model_type, dict(model.config.hf)
-    if any(".base." in name for name in weights):
-        raise UserError("save_pretrained: the model carries experts; merge_experts(model) first, or save_adapter")
-    for name, ours in stored_layout(model).items():
-        tensor = weights[ours[0]] if len(ours) == 1 else torch.cat([weights[part] for part in ours])
-        tensors[name] = (tensor.t() if is_conv1d(name) else tensor).contiguous()
-    if isinstance(model, Transformer):
-        config["architectures"] = [FAMILIES[kind]]
-    elif model.config.score_name == "score":  # safe-rlhf has classes of its own
-        stem = FAMILIES[kind].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        config |= {"architectures": [stem + "ForSequenceClassification"], "id2label": {"0": "LABEL_0"},
-                   "label2id": {"LABEL_0": 0}}
-    config.pop("dtype", None)  # newer files say dtype, older ones torch_dtype, which every reader knows
-    config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    with atomic_folder(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_torch_state_dict(tensors, temporary, max_shard_size=SHARD_SIZE)
-        for name in TOKENIZER_FILES:
-            if model.folder and (model.folder / name).is_file():
-                shutil.copyfile(model.folder / name, temporary / name)
-        if chat_template:
-            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # an earlier writer was killed between its two renames
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)

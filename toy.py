@@ -21,8 +21,8 @@ import tokenizers
 import torch
 
 from data import Comparison, Tokenizer
-from losses import encode, mean_and_error, measured, router_table, terminal_table
-from model import ModelConfig, Transformer, content_hash, write_text
+from losses import content_hash, encode, mean_and_error, measured, router_table, terminal_table
+from model import ModelConfig, Transformer, write_text
 
 PLAIN = """bake: bread, a cake, a pie, some cookies | paint: a wall, a fence, a door, a chair | plant: a tree, some roses,
 some beans, a hedge | clean: a window, an oven, a carpet, a sink | fix: a lamp, a zip, a clock, a tap | fold: a shirt,
@@ -411,13 +411,25 @@ THREADS = 1
 COMPARISONS = 3000
 
 
+@torch.no_grad()
+def init_weights(model, seed, deviation=0.02):
+    """Draw fresh weights: normal with this deviation, smaller where a block adds to the residual stream."""
+    generator = torch.Generator().manual_seed(seed)
+    residual = deviation / math.sqrt(2 * model.config.num_layers)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            parameter.normal_(0.0, residual if is_residual else deviation, generator=generator)
+    return model
+
+
 def make_base(folder, seed):
     """(a base model of random weights, its demonstrations, encoded); writes the tokenizer into the folder."""
     tokenizer = make_tokenizer(folder)
     rows = make_demonstrations(tokenizer, DEMONSTRATIONS, seed)
     encoded = encode(tokenizer, [prompt for prompt, _ in rows], [(answer,) for _, answer in rows], max_len=256)
     shape = ModelConfig.from_hf({**MODEL, "vocab_size": tokenizer.backend.get_vocab_size()})
-    return Transformer(shape).init_weights(seed, deviation=0.05), encoded  # 0.02 is for wider models
+    return init_weights(Transformer(shape), seed, deviation=0.05), encoded  # 0.02 is for wider models
 
 
 def save_base(model, folder, seed, settings):

@@ -21,17 +21,16 @@ import losses
 import toy
 from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, add_margins, apply_view, carry_scores,
                   check_source, flip_labels, load_sources, require)
-from eval import (Parser, as_command, check_device, check_values, evaluate_run, load_start, mixture_report, numbers,
-                  setting, source_names, stop_signals, weighted_names)
+from eval import (Parser, as_command, check_device, check_values, evaluate_run, gate_weights, load_start,
+                  mixture_report, numbers, setting, source_names, stop_signals, weighted_names)
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, close_run, count_experts,
-                      disable_experts, expert_layers, freeze_experts, gate_weights, is_router, load_adapter,
+                      disable_experts, expert_layers, freeze_experts, is_router, load_adapter,
                       load_checkpoint, mixture_logps, open_metrics, open_run, perturb_experts,
                       pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
                       save_trained, set_routers, trainable_parameters, use_expert)
-from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, encode_pairs, epoch_order, pack,
-                    policy_logps, precision, show_pair, split_step)
-from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, content_hash, files_hash, find_folder,
-                   read_config, write_text)
+from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, content_hash, encode_pairs, epoch_order,
+                    files_hash, pack, policy_logps, precision, show_pair, split_step)
+from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, find_folder, read_config, write_text)
 
 # A method: what it consists of, and the forward pass and builder of most of them
 

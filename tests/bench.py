@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses  # noqa: E402
+import toy  # noqa: E402
 from data import Encoded, pack  # noqa: E402
 from eval import refuses  # noqa: E402
 from lora_moe import add_experts, router_weights, trainable_parameters  # noqa: E402
@@ -108,7 +109,7 @@ def bench_experts(rounds, rank=8, pairs=8, prompt=64, response=64):
     batch = pack(Encoded(tokens, ends), np.arange(pairs))
 
     def trainer(experts):
-        model = Transformer(ModelConfig.from_hf(SMALL)).init_weights(0)
+        model = toy.init_weights(Transformer(ModelConfig.from_hf(SMALL)), 0)
         add_experts(model, ["down_proj"], rank, 2 * rank, experts, router={"type": "softmax"})
         optimizer = torch.optim.AdamW([p for _, p in trainable_parameters(model)], lr=1e-4, fused=True)
         target = losses.group_targets(2, experts, [0.5])
@@ -130,7 +131,7 @@ def bench_experts(rounds, rank=8, pairs=8, prompt=64, response=64):
 def bench_mixture(rounds, batch=16, prompt_length=32, new_tokens=64):
     """Greedy decoding, 33 M parameters; the router's d_r is 512 as in the paper."""
     def policy(experts, router):
-        model = Transformer(ModelConfig.from_hf(SMALL)).init_weights(0)
+        model = toy.init_weights(Transformer(ModelConfig.from_hf(SMALL)), 0)
         return add_experts(model, ["down_proj"], 16, 32, experts, router=router) if experts else model
 
     prompts = torch.randint(3, 16000, (batch, prompt_length)).tolist()

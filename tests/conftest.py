@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -136,7 +137,7 @@ SHAPES = {
 def tiny(shape, seed=0):
     """A random model whose every weight, norms and biases included, is far from its starting value."""
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig.from_hf({**SIZES, **SHAPES[shape]})).init_weights(seed)
+    model = toy.init_weights(Transformer(ModelConfig.from_hf({**SIZES, **SHAPES[shape]})), seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -403,3 +404,17 @@ def check_that_it_loads_and_is_evaluated_alike(out, policy):
     trained, loaded = policy.state_dict(), eval_file.load_policy(out)[0].state_dict()
     assert trained.keys() == loaded.keys() and all(torch.equal(trained[key], loaded[key]) for key in trained)
     check_that_it_is_evaluated_again_alike(out)
+
+
+def byte_tokenizer(folder):
+    """Write a tokenizer.json in which every byte is a token and a BOS goes before a text, as in Llama's."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    backend.train_from_iterator([], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=special,
+                                                                   show_progress=False))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder

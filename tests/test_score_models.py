@@ -25,7 +25,7 @@ def random_score_model(tokenizer_folder, folder, seed=0, **shape):
     """A score model with random weights, saved in a folder with a tokenizer's files. Returns the folder as text."""
     size = Tokenizer(tokenizer_folder).backend.get_vocab_size()
     shape = ModelConfig.from_hf({**SMALL_MODEL, "vocab_size": size, "hidden_size": 16, **shape})
-    model = ScoreModel.from_policy(Transformer(shape).init_weights(seed, deviation=0.3))
+    model = ScoreModel.from_policy(toy.init_weights(Transformer(shape), seed, deviation=0.3))
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed))
     model.folder = tokenizer_folder
     model.save_pretrained(folder)

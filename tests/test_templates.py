@@ -1,14 +1,15 @@
 """Claims about tokenizers and prompt formats: special tokens, chat templates in a sandbox, truncation."""
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
-import tokenizers
 
 import data
 import losses
-from conftest import pieces
+from conftest import byte_tokenizer, line_of, pieces
 from data import Pair, Tokenizer, encode_pairs
 from model import UserError
 
@@ -24,17 +25,7 @@ NO_SYSTEM = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
     """A tokenizer.json in which every byte is a token and a BOS goes before a text, as in Llama's."""
-    folder = tmp_path_factory.mktemp("letters")
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    backend.train_from_iterator([], tokenizers.trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=special,
-                                                                   show_progress=False))
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
+    return byte_tokenizer(tmp_path_factory.mktemp("letters"))
 
 
 @pytest.fixture
@@ -136,6 +127,40 @@ def test_a_malicious_template_reaches_nothing_of_python(make, attack):
     with pytest.raises(UserError, match="the chat template refuses a prompt: .") as error:
         print(make(chat_template=attack).render([{"role": "user", "content": "x"}]))
     assert len(str(error.value).splitlines()) == 1
+
+
+GROW = "{%% set ns = namespace(x='ab') %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x }}"
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(9999)|map('string') %}{% for j in range(9999)|map('string') %}x{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "{% for i in [1, 1] recursive %}{% if loop.depth < 60 %}{{ loop([1, 1]) }}{% endif %}{% endfor %}",
+    *(GROW % grown for grown in (
+        "ns.x ~ ns.x", "ns.x + ns.x", "[ns.x, ns.x]", "(ns.x, ns.x)", "{'a': ns.x, 'b': ns.x}", "dict(a=ns.x, b=ns.x)",
+        "'%s%s' % (ns.x, ns.x)", "'{0}{0}'.format(ns.x)", "ns.x|replace('b', ns.x)", "ns.x.join([ns.x, ns.x])")),
+    "{{ 'a' * 10**9 }}", "{{ 10**10**10 }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.ljust(10**9) }}", "{{ '%*d' % (10**9, 1) }}",
+    "{{ '{:{}}'.format(1, 10**9) }}", "{{ '%999999999d'|format(1) }}", "{{ (5).to_bytes(10**9, 'big') }}",
+    "{{ {'a': [1] * 100}|tojson(indent=10**8) }}", "{{ 'ab'|wordwrap(1, wrapstring='x' * 10**8) }}",
+    "{% set x = 'y' * 10**8 %}{% for i in range(9999) %}{% if 'q' in x %}{% endif %}{% endfor %}",
+    "{% set x = 'y' * 10**8 %}{% for i in range(9999) %}{% set y = x[1:] %}{% endfor %}",
+    "{% for i in range(9999) %}" + "x" * 90_000 + "{% endfor %}",
+    "{% filter upper %}{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfilter %}"])
+def test_a_template_without_end_is_stopped_before_it_takes_time_or_memory(make, template):
+    """In a thread as well, where no signal could stop it."""
+    tokenizer, started = make(chat_template=template), time.process_time()
+    with ThreadPoolExecutor(1) as pool:
+        assert "the chat template refuses a prompt: " in pool.submit(line_of, tokenizer.render, "x").result()
+    assert time.process_time() - started < 5
+
+
+def test_a_long_dialogue_is_within_the_budget_and_every_prompt_has_its_own(make):
+    tokenizer = make(chat_template=CHATML)
+    dialogue = [{"role": role, "content": "x" * 2000} for _ in range(500) for role in ("user", "assistant")]
+    texts = [tokenizer.render(dialogue) for _ in range(12)]
+    assert set(texts) == {"".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in dialogue)
+                          + "<|im_start|>assistant\n"}
 
 
 def test_a_template_that_is_not_jinja_or_fails_on_types_is_a_user_error(make):
