@@ -59,7 +59,7 @@ def record_conflict(config, only):
     """Train as `config` says, on the pairs of the preference `only` if it is named; returns [{"step", layer: cosine}]."""
     train_step, rows = train.train_step, []
 
-    def recording(model, parameters, optimizer, encoded, parts, config, sums):
+    def recording(model, parameters, optimizer, encoded, parts, config, *rest):
         group, step = encoded.labels["group"], len(rows)
         members = [np.flatnonzero(group == i) for i in range(2)]
         if step % EVERY == EVERY - 1:
@@ -71,7 +71,7 @@ def record_conflict(config, only):
         if only:
             mine = members[encoded.groups.index(only)]
             parts = [mine[indices % len(mine)] for indices in parts]
-        train_step(model, parameters, optimizer, encoded, parts, config, sums)
+        return train_step(model, parameters, optimizer, encoded, parts, config, *rest)
 
     train.train_step = recording
     train.run(config)

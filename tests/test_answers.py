@@ -88,7 +88,7 @@ def kept(folder):
 
 @pytest.fixture
 def policy(asked):
-    return str(run("dpo", "--method", "dpo", "--lora_rank", 4, "--lr", 1e-2, "--max_steps", 4))
+    return str(run("dpo", "--method", "dpo", "--lora_rank", 4, "--lr", 5e-2, "--max_steps", 4))
 
 
 def test_runs_and_their_start_answer_every_prompt(policy):
@@ -180,7 +180,7 @@ def test_kl_and_log_probs_are_those_of_single_sequences(policy):
         with torch.no_grad():
             ratios.append(float(logp_alone(model, prompt, one["ids"]) - logp_alone(start, prompt, one["ids"]))
                           / len(one["ids"]))
-    assert row["kl"] == pytest.approx(np.mean(ratios), rel=1e-3) and row["kl"] > 1e-3
+    assert row["kl"] == pytest.approx(np.mean(ratios), rel=1e-3) and abs(row["kl"]) > 1e-3
     assert row["kl_se"] == pytest.approx(np.std(ratios, ddof=1) / len(ratios) ** 0.5, rel=1e-3)
     assert row["tokens"] == pytest.approx(np.mean([len(one["ids"]) for one in kept(policy)]))
     assert row["unended"] == pytest.approx(np.mean([not one["ended"] for one in kept(policy)]))
@@ -376,7 +376,7 @@ def test_an_adapter_at_another_scale_answers_anew(policy):
     row = evaluate(policy)["rows"][policy]
     config = Path(policy) / "adapter/adapter_config.json"
     edit_json(config, lora_alpha=0.001)
-    assert abs(evaluate(policy)["rows"][policy]["kl"]) < 1e-3 * row["kl"]
+    assert abs(evaluate(policy)["rows"][policy]["kl"]) < 1e-3 * abs(row["kl"])
     assert len([*Path(policy).glob("answers-*.jsonl")]) == 2
 
 

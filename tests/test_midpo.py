@@ -120,7 +120,7 @@ def runs_of(patch, *flags):
     """The names of the folders in which this command would train, in order; nothing is trained."""
     started = []
     with patch.context() as inner:
-        inner.setattr(train, "run", lambda config: started.append(Path(config.out).name))
+        inner.setattr(train, "run", lambda config, _: started.append(Path(config.out).name))
         run("run", *FLAGS, *flags)
     return started
 
@@ -205,11 +205,11 @@ def test_an_interrupted_run_of_midpo_goes_on_to_the_same_bytes(finished, place, 
     """Whether the signal comes while an expert is trained or while the routers are."""
     minimise = train.train
 
-    def train_and_interrupt(model, encoded, held_out, config, out):
+    def train_and_interrupt(model, encoded, held_out, config, *rest):
         with monkeypatch.context() as patch:
             if Path(config.out).name == name:
                 interrupt_at(patch, step, number)
-            minimise(model, encoded, held_out, config, out)
+            minimise(model, encoded, held_out, config, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "train", train_and_interrupt)
@@ -276,7 +276,7 @@ def test_first_loss_of_the_routers_is_dpo_plus_the_l1_term_of_single_sequences(m
             distance(len(prompt) if i else 0)
         losses.append(softplus(rewards[1] - rewards[0]))
     l1, dpo = statistics.mean(distances), statistics.mean(losses)
-    assert abs(dpo - math.log(2)) > 1e-3 and 0 < l1 < 2
+    assert abs(dpo - math.log(2)) > 1e-4 and 0 < l1 < 2
     for weight in (0, 0.001, 1, 30):
         row = rows(run("run", *FLAGS, "--router_l1", weight))[0]
         assert row["router/l1"] == pytest.approx(l1, rel=1e-5)
@@ -317,7 +317,7 @@ def test_midpo_runs_in_bfloat16(place):
 def test_the_loaded_mixture_generates_what_step_by_step_argmax_without_a_cache_gives(mixture):
     policy, tokenizer, _ = eval_file.load_policy(mixture)
     for _, layer in expert_layers(policy):  # the base repeats one word; with experts this large something happens
-        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(0)))
+        layer.lora_B.copy_(5 * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(0)))
         for parameter in layer.router.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 0)
     prompts = tokenizer.encode([tokenizer.render(p.text) for p in toy.eval_prompts("test", 0)[:5]])

@@ -157,7 +157,7 @@ def test_preferences_are_scored_on_prompts_that_ask_for_them(quick, monkeypatch)
             mouths[tuple(tokenizer.encode([tokenizer.render(prompt.text)])[0])] = ids + [tokenizer.eos_id] * (i % 3 < 2)
             length = len(prompt.task.steps)
             scores[name].append(expected[name][i % 3] if expected[name] else (1 - (1 + length) / 8, 0.75, 0.0)[i % 3])
-    monkeypatch.setattr(eval_file, "generate", lambda model, tokens, *_, **__: [mouths[tuple(ids)] for ids in tokens])
+    monkeypatch.setattr(eval_file, "stream", lambda model, tokens, *_: enumerate(mouths[tuple(ids)] for ids in tokens))
     model = Transformer.from_pretrained(BASE)
     answers = partial(eval_file.answer, model, tokenizer, seed=3, temperature=0.7)
     asked = []

@@ -10,7 +10,8 @@ import eval as eval_file
 import lora_moe
 import train
 from conftest import files_of, interrupt_at, mistake, rows, run, timeless
-from model import content_hash, read_json
+from losses import content_hash
+from model import read_json
 
 FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--max_steps", 4, "--log_every", 1)
 

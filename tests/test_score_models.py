@@ -26,7 +26,7 @@ def random_score_model(tokenizer_folder, folder, seed=0, **shape):
     size = Tokenizer(tokenizer_folder).backend.get_vocab_size()
     shape = ModelConfig.from_hf({**SMALL_MODEL, "vocab_size": size, "hidden_size": 16, **shape})
     model = ScoreModel.from_policy(toy.init_weights(Transformer(shape), seed, deviation=0.3))
-    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed))
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed + 3))
     model.folder = tokenizer_folder
     model.save_pretrained(folder)
     return str(folder)

@@ -166,7 +166,7 @@ def test_the_first_weights_of_the_base_model_are_drawn_by_its_seed(place, monkey
 def test_the_first_weights_are_smaller_where_a_layer_adds_to_the_residual_stream(shape):
     """As in GPT-2: normal, by 1/√(2 · layers), as every layer adds to the stream twice."""
     config = {**SIZES, **SHAPES[shape], "num_hidden_layers": 8, "n_layer": 8, "hidden_size": 64, "n_embd": 64}
-    for name, weight in Transformer(ModelConfig.from_hf(config)).init_weights(0, deviation=0.1).state_dict().items():
+    for name, weight in toy.init_weights(Transformer(ModelConfig.from_hf(config)), 0, 0.1).state_dict().items():
         adds = "self_attn.o_proj" in name or "mlp.down_proj" in name
         if weight.dim() == 2:
             assert weight.std().item() == pytest.approx(0.1 / 4 if adds else 0.1, rel=0.1), name

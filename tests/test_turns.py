@@ -79,16 +79,16 @@ def test_answers_stop_at_the_templates_end_of_a_turn(tmp_path, monkeypatch):
     tokenizer, stops = tokenizer_of(tmp_path, CHATML), []
     end = tokenizer.backend.token_to_id("<|im_end|>")
 
-    def generate(model, prompts, count, temperature, top_p, eos_ids, seed):
+    def stream(model, prompts, count, batch_size, temperature, top_p, eos_ids, *_):
         stops.append(set(eos_ids))
-        return [[*tokenizer.encode(["Yes."])[0], end], tokenizer.encode(["Yes, and"])[0]]
+        return enumerate([[*tokenizer.encode(["Yes."])[0], end], tokenizer.encode(["Yes, and"])[0]])
 
     class Model:
         gate = None
 
         class config:
             eos_ids = (7,)
-    monkeypatch.setattr(eval_file, "generate", generate)
+    monkeypatch.setattr(eval_file, "stream", stream)
     assert eval_file.answer(Model, tokenizer, ["a", "b"], seed=0, temperature=0.0) == [("Yes.", True), ("Yes, and", False)]
     assert stops == [{end, tokenizer.eos_id, 7}]
 
