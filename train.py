@@ -534,7 +534,7 @@ TOY_BASE = dict(method="sft", lora_rank=0, lr=4e-3, weight_decay=0.05, batch_siz
 
 
 def toy_base(seed, device):
-    """The folder of the toy base model, which is made on first use (about a minute on two CPU cores) and kept."""
+    """The folder of the toy base model, which is made on first use (a minute and a half on one CPU core) and kept."""
     folder = Path("out") / f"toy-base-seed{seed}"
     if toy.is_base(folder, seed, TOY_BASE):
         return folder

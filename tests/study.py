@@ -74,18 +74,20 @@ def policies(rows):
 
 # study -> row of the table -> (flags of train.py, where in the run folder its metrics are: file, then keys)
 STUDIES = {
+    # Rates: of 8e-5, 1.2e-4 and 1.6e-4 the one with the largest sum of helpful on safe and harmless on harmful prompts on
+    # the development split (seed 0), at most 5 points more degenerate than the base; DPO on helpful pairs at the default
     "all": {
         **policies({
-            "DPO, helpful pairs": HELPFUL, "DPO, harmless pairs": f"--method dpo --view harmless {SHARE}",
+            "DPO, helpful pairs": HELPFUL, "DPO, harmless pairs": f"--method dpo --view harmless {SHARE} --lr 8e-5",
             "DPO, safe-better pairs": f"--method dpo --view safe-better {SHARE}",
-            "SACPO: DPO, helpful then harmless": f"{HELPFUL} then --method dpo --view harmless --lr 8e-5 "
+            "SACPO: DPO, helpful then harmless": f"{HELPFUL} then --method dpo --view harmless --lr 1.6e-4 "
                                                  f"--init_adapter {{before}}/adapter {SHARE}",
             "SafeDPO, Δ = 0": f"--method safedpo --delta 0 {SHARE}",
-            "SafeDPO, Δ = 10": f"--method safedpo --delta 10 {SHARE}"}),
+            "SafeDPO, Δ = 10": f"--method safedpo --delta 10 {SHARE} --lr 8e-5"}),
         "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
         "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
         "both experts merged at 0.5": (MIDPO, "eval-static-0.5,0.5.json policy"),
-        **policies({"MidPO": MIDPO, "PMoL, two preferences": f"--method pmol {TWO} --lora_targets down_proj --lr 1.6e-4",
+        **policies({"MidPO": MIDPO, "PMoL, two preferences": f"--method pmol {TWO} --lora_targets down_proj --lr 1.2e-4",
                     "MoE-DPO, gate on prompts": f"--method moe-dpo --gate prompt --beta 0.1 {TWO} --lr 1.6e-4"}),
     },
     "delta": policies({f"Δ = {delta}": f"record margins --method safedpo --delta {delta} {STRONG}"
@@ -188,8 +190,9 @@ def with_columns(table, columns):
     """A Markdown table with more columns: {heading: [a cell's text for each row]}."""
     lines = table.split("\n")
     for heading, cells in columns.items():
-        lines = [f"{line} {cell} |" for line, cell in zip(lines, (heading, "---", *cells), strict=True)]
-    return "\n".join(lines).replace("| ---", "|---")
+        lines = [f"{line}---|" if i == 1 else f"{line} {cell} |"
+                 for i, (line, cell) in enumerate(zip(lines, (heading, "", *cells), strict=True))]
+    return "\n".join(lines)
 
 
 def cost_columns(rows, runs, seeds):

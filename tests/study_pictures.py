@@ -49,7 +49,7 @@ def delta(lines, runs, folder):
     figure, (left, right) = panels(2)
     rows = {name: row for name, row in lines.items() if name != "base"}
     for i, name in enumerate(rows):
-        recorded = read_json(seeds_of(runs, name)[0] / "margins.json")
+        recorded = read_json(seeds_of(runs, name)[0] / "margins.json")["rows"]
         steps = [row["step"] for row in recorded]
         left.plot(steps, [row["q50"] for row in recorded], color=COLOURS[i % 7], marker=MARKS[i % 7], markersize=3,
                   label=name)
@@ -109,7 +109,7 @@ def conflict(lines, runs, folder):
     names = [name for name in lines if name != "base"]
     figure, axes = panels(len(names), sharey=True)
     for panel, name in zip(axes, names):
-        recorded = [read_json(run / "conflict.json") for run in seeds_of(runs, name)]
+        recorded = [read_json(run / "conflict.json")["rows"] for run in seeds_of(runs, name)]
         for i, layer in enumerate(key for key in recorded[0][0] if key != "step"):
             means = [sum(rows[layer] for rows in at) / len(at) for at in zip(*recorded)]
             panel.plot([row["step"] for row in recorded[0]], means, color=COLOURS[i], marker=MARKS[i], markersize=3,

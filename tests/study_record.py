@@ -84,7 +84,7 @@ def main():
     torch.set_num_threads(1)
     config = train.parse_flags(sys.argv[2:])
     rows = record_margins(config) if what == "margins" else record_conflict(config, only)
-    write_text(Path(config.out) / f"{what}.json", json.dumps(rows, indent=1) + "\n")
+    write_text(Path(config.out) / f"{what}.json", json.dumps({"rows": rows}) + "\n")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def metrics_of(out, where, split):
         cost = read_json(out / "cost.json")
         more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
     if (out / "margins.json").is_file() and keys[0] != "base":
-        last = read_json(out / "margins.json")[-1]
+        last = read_json(out / "margins.json")["rows"][-1]
         more.update({name: last[name] for name in ("q10", "q50", "q90", "passed")})
     return metrics | {name: value for key, value in more.items() for name, value in ((key, value), (f"{key}_se", 0))}
 
@@ -128,7 +128,7 @@ def metrics_of(out, where, split):
 def parameters(folder):
     """Numbers in the safetensors files that a run folder keeps of its training."""
     total = 0
-    for path in [*(folder / "adapter").glob("*.safetensors")] or [*(folder / "model").glob("*.safetensors")]:
+    for path in [path for kind in ("adapter", "experts", "model") for path in (folder / kind).glob("*.safetensors")]:
         with safe_open(path, "pt") as tensors:
             total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
     return total
