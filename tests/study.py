@@ -154,8 +154,11 @@ STUDIES = {
 
 
 def over_seeds(runs):
-    """Mean and standard error over seeds of every metric: [metrics, …] -> metrics."""
+    """Mean and standard error over seeds of every metric: [metrics, …] -> metrics. Of a single seed, its standard error
+    over prompts."""
     keys = [key for key, value in runs[0].items() if f"{key}_se" in runs[0]]
+    if len(runs) == 1:
+        return {name: runs[0][name] for key in keys for name in (key, f"{key}_se")}
     means = {key: mean_and_error([metrics[key] for metrics in runs]) for key in keys}
     return {name: value for key in keys for name, value in zip((key, f"{key}_se"), means[key])}
 
