@@ -277,6 +277,8 @@ def main():
     if args.study in ("midpo", "all") and (MIDPO, seeds[0]) in runs:
         print("\nRouter: expert 0 is safety, 1 helpfulness\n")
         print(router_table([metrics_of(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
+    minutes = sum(read_json(folder / "cost.json")["cpu_seconds"] for folder in runs.values()) / 60
+    print(f"\nseeds {', '.join(map(str, seeds))}, {args.split} prompts, {len(runs)} runs, {minutes:.0f} CPU minutes")
     if args.study in study_pictures.PICTURES:
         study_pictures.PICTURES[args.study](lines, {(name, seed): runs[flags, seed] for name, (flags, _) in rows.items()
                                                     for seed in seeds}, ROOT / "results")
