@@ -164,11 +164,12 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static=
 def load_policy(run, dtype="float32", device="cpu"):
     """The trained model of a run folder, its tokenizer and the run's settings."""
     run = Path(run)
-    config = read_json(run / "config.json")
-    if "lora_rank" not in config:
-        raise UserError(f"{run}: not a run folder of train.py")
+    config = read_json(run / "config.json", {"text": "base method template", "a list of texts": "init_adapter"})
     if config.get("method") in ("reward", "cost"):
         raise UserError(f"{run}: a score model, which answers nothing; --score FILE lets it judge")
+    if config.get("lora_rank") is None or config.get("base") is None:
+        raise UserError(f"{run}: not a run folder of train.py")
+    config |= {"init_adapter": config.get("init_adapter") or [], "template": config.get("template")}
     toy.one_thread(config["base"])
     model = load_trained(run, config["base"], DTYPES[dtype], device)
     return model, Tokenizer(config["base"], config.get("template")), config

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import struct
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,8 +34,8 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_SIZE = "5GB"
-BROKEN = (SafetensorError, UnpicklingError, RuntimeError, OSError, EOFError, AttributeError, ValueError, TypeError,
-          LookupError)  # what reading damaged weights raises
+BROKEN = (SafetensorError, UnpicklingError, struct.error, RuntimeError, OSError, EOFError, AttributeError, ValueError,
+          TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
