@@ -757,6 +757,8 @@ def open_run(out, settings, free, resume, lock):
     except Timeout:
         raise UserError(f"--out {out}: another run is writing there; wait for it, or name another folder") from None
     finish_move(out)
+    for leftover in (*out.glob("*.[0-9]*.partial"), *out.glob(".new/*.[0-9]*.partial")):
+        leftover.unlink()  # of `atomic_file`, by a process that was killed
     for folder in (out / ".new", out) if resume else ():
         before = read_settings(folder)
         if before.get("finished") or (folder / "checkpoint").is_dir():
