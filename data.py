@@ -152,7 +152,7 @@ def parse_ultrafeedback(row):
         ratings = {}
         for i, completion in enumerate(completions):
             rating = get(get(get(completion, "annotations", "an object"), aspect, "an object"), "Rating", "text")
-            if rating.strip().isdecimal():
+            if rating.strip().isdecimal() and len(rating) < 10:
                 ratings[i] = int(rating)
             elif rating != "N/A":
                 raise UserError(f"the {aspect} rating of completion {i} is {rating[:20]!r}, expected a digit or N/A")

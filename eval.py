@@ -651,7 +651,7 @@ def check_values(settings, values):
             raise UserError(f"--{flag.name} {value}: choose from {', '.join(filter(None, flag.metadata['choices']))}")
         numbers = value if isinstance(value, tuple) else (value,)
         for number in (one for one in numbers if isinstance(one, (int, float))):
-            wrong = ("not a finite number" if not abs(number) < math.inf else
+            wrong = ("not a finite number" if not abs(number) < 1e300 else
                      f"must be at least {least}" if least is not None and number < least else
                      f"must be more than {above}" if above is not None and number <= above else
                      f"must be less than {below}" if below is not None and number >= below else

@@ -661,7 +661,7 @@ def load_adapter(model, *folders):
 def pattern_value(patterns, module, default, where):
     """PEFT's per-layer exceptions: the value of the first key that matches the end of the module's name."""
     fitting = (value for key, value in (patterns or {}).items() if matches(rf"(.*\.)?({key})", module, where))
-    return next(fitting, default)
+    return next(fitting, None) or default
 
 
 def is_router(name):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from zipfile import is_zipfile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 import torch
@@ -34,8 +34,8 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_SIZE = "5GB"
-BROKEN = (SafetensorError, UnpicklingError, struct.error, RuntimeError, OSError, EOFError, AttributeError, ValueError,
-          TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
+BROKEN = (SafetensorError, UnpicklingError, BadZipFile, struct.error, RuntimeError, OSError, EOFError, AttributeError,
+          ValueError, TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",

@@ -449,7 +449,7 @@ def resolve(given, inherited=None):
     typed = {name: tuple(value) if isinstance(value, list) else value
              for name, value in {**(inherited or {}), **given}.items()}
     values = {flag.name: typed.get(flag.name, flag.default) for flag in fields(Config)}
-    check_values(Config, {"method": values["method"]})
+    check_values(Config, {"method": values["method"], **typed})
     method, toy_model, on_toy = METHODS[values["method"]], values["model"] == "toy", values["data"] == ("toy",)
     preset = {"view": method.view, **(TOY if toy_model else {}), **method.preset, **(method.toy if toy_model else {})}
     if not on_toy:

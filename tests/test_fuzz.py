@@ -265,7 +265,7 @@ def tokenizer_folders(folder):
 
 def use_tokenizer(folder, template=None):
     tokenizer = Tokenizer(folder, template)
-    turns = [{"role": role, "content": content} for role, content in (("user", "a ab"), ("assistant", "b"), ("user", "é"))]
+    turns = [{"role": role, "content": text} for role, text in (("user", "a ab"), ("assistant", "b"), ("user", "é"))]
     for prompt in ("ab 1", turns):
         ids = tokenizer.encode([tokenizer.render(prompt), "a"])[0]
         assert all(isinstance(i, int) for i in ids)
@@ -308,7 +308,7 @@ def rewrite_header(rng, path):
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header, what = mutate(rng, content[8:start])
-    length = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 2 ** 63, 2 ** 64 - 1, 10 ** 9, len(header) - 1))
+    length = len(header) if rng.random() < 0.9 else rng.choice((0, 1, 2 ** 63, 2 ** 64 - 1, 10 ** 9, len(header) // 2))
     path.write_bytes(length.to_bytes(8, "little") + header + content[start:])
     return f"{path.name} of {length}: {what}"
 
@@ -453,7 +453,8 @@ def test_settings_of_a_run(tmp_path):
                 eval_file.as_command(lambda: eval_file.load_start(eval_file.load_policy(tmp_path / "run")[2]), "", "")
             except SystemExit as error:
                 raise UserError(error.code) from None
-        return what, use, tmp_path, "no such", "not a folder", "not a model folder", "name too long", "null byte"
+        return what, use, tmp_path, *("no such", "not a folder", "not a model folder", "not a directory",
+                                      "name too long", "null byte")
     fuzz("settings", prepare)
 
 
@@ -541,9 +542,9 @@ def test_prompt_files(tmp_path, tokenizer):
     fuzz("prompts", prepare)
 
 
-WORDS = """-1 0 1 2 0.5 1e308 1e999 nan inf 1,2 , a=b a=1,b = a=-1 help=2,help ../../x nowhere/x http://localhost:1/v1 [ ( *
-layers.( %s %(x)s {} true none None - -- @file cuda:99 meta cpu:7 xpu toy dpo pairs.jsonl prompts.txt run model adapter
-broken broken.jsonl pku-saferlhf-x""".split() + ["", "9" * 400, "9" * 5000, "x" * 5000, "ü\ud800", "a\nb"]
+WORDS = """-1 0 1 2 0.5 1e308 1e999 nan inf 1,2 , a=b a=1,b = a=-1 help=2,help ../../x nowhere/x http://localhost:1/v1 [ (
+* layers.( %s %(x)s {} true none None - -- @file cuda:99 meta cpu:7 xpu toy dpo pairs.jsonl prompts.txt run model adapter
+broken broken.jsonl pku-saferlhf-x""".split() + ["", "9" * 400, "9" * 5000, "x" * 5000, "ü\udcff", "a\nb"]
 
 
 def sensible(flag):
@@ -602,6 +603,6 @@ def test_command_lines(tmp_path, monkeypatch):
                 for path in new:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                 assert not [path for path in new if path.name not in ("__pycache__", ".pyc")], new
-        return f"{program.__name__}.py {' '.join(map(repr, words))[:300]}", use, "--", "unrecognized", *(
+        return f"{program.__name__}.py {' '.join(map(repr, words))[:300]}", use, "--", "unrecognized", "config.json", *(
             part[:20] for word in words for part in re.split("[/,=]", word) if part)
     fuzz("command", prepare)
