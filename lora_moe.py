@@ -490,8 +490,9 @@ def merge_experts(model):
 READ_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
 HARMLESS_KEYS = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
                  "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"}
-ADAPTER_KEYS = {"a whole number from 1 to a million": "r", "a number above 0": "lora_alpha", "an object":
-                "rank_pattern alpha_pattern", "true or false": "use_rslora", "text or a list of texts": "target_modules"}
+ADAPTER_KEYS = {
+    "a whole number from 1 to a million": "r", "a number above 0": "lora_alpha", "true or false": "use_rslora",
+    "text or a list of texts": "target_modules", "an object": "rank_pattern alpha_pattern"}
 EXPERTS_KEYS = {"a whole number from 1 to a million": "num_experts rank hidden", "a whole number": "width",
                 "a number above 0": "alpha temperature", "true or false": "rslora empty", "text": "base type kind",
                 "a list of texts": "layers groups", "an object": "router gate", "a list": "weights"}
@@ -660,8 +661,8 @@ def load_adapter(model, *folders):
 
 def pattern_value(patterns, module, default, where):
     """PEFT's per-layer exceptions: the value of the first key that matches the end of the module's name."""
-    fitting = (value for key, value in (patterns or {}).items() if matches(rf"(.*\.)?({key})", module, where))
-    return next(fitting, None) or default
+    keys = (key for key in patterns or () if matches(rf"(.*\.)?({key})", module, where))
+    return (patterns or {}).get(next(keys, None)) or default
 
 
 def is_router(name):
@@ -850,8 +851,7 @@ def save_checkpoint(out, step, parameters, optimizer, logged=0, sums=()):
 
 @torch.no_grad()
 def load_checkpoint(out, parameters, optimizer):
-    """Restore what `save_checkpoint` wrote, if anything; returns (steps done, logged, sums). Raises UserError if it does
-    not fit."""
+    """Restore what `save_checkpoint` wrote, if anything: (steps done, logged, sums). UserError if it does not fit."""
     path = out / "checkpoint" / "state.pt"
     if not path.is_file():
         return 0, 0, []

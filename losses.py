@@ -877,7 +877,7 @@ def size(value, limit=BUDGET):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Where chat templates run. Jinja's sandbox keeps them from Python's internals, and a budget makes them end: all that
+    """Where chat templates run. Jinja's sandbox keeps them from Python's internals, and a budget makes them end: what
     takes more than a moment is paid for, before it is done, by the size of what it reads and may write."""
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 

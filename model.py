@@ -88,8 +88,8 @@ def check_keys(values, kinds, path):
 
 CONFIG_KEYS = {  # of config.json; layers take memory as soon as they are made, the other sizes when weights fit them
     "a whole number from 1 to 512": "num_hidden_layers n_layer",
-    "a whole number from 1 to a million": "vocab_size hidden_size intermediate_size num_attention_heads head_dim n_head "
-                                          "num_key_value_heads n_embd n_inner query_pre_attn_scalar",
+    "a whole number from 1 to a million": "vocab_size hidden_size intermediate_size num_attention_heads head_dim "
+                                          "num_key_value_heads n_head n_embd n_inner query_pre_attn_scalar",
     "a whole number": "max_position_embeddings n_positions sliding_window max_window_layers",
     "a finite number": "attn_logit_softcapping final_logit_softcapping",
     "a number above 0": "rms_norm_eps layer_norm_epsilon rope_theta factor low_freq_factor high_freq_factor "
@@ -530,7 +530,7 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, folder, chat_template=None):
-        """Write config.json, safetensors (in shards above 5 GB), the tokenizer's files and the chat template, atomically;
+        """Write config.json, safetensors (in shards above 5 GB), the tokenizer's files and chat template, atomically;
         `transformers` loads the folder."""
         weights, tensors = self.state_dict(), {}
         kind, config = self.config.model_type, dict(self.config.hf)

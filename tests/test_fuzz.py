@@ -61,7 +61,7 @@ def places(value, path=()):
 
 
 def mutate_json(rng, value):
-    """(a JSON value with a part replaced, removed, renamed, repeated or swapped with another, as bytes; what was done)."""
+    """(a JSON value with a part replaced, removed, renamed, repeated or swapped with one, as bytes, what was done)."""
     value, whole = {"": copy.deepcopy(value)}, None
     paths = [path for path in places(value) if path]
     inner = [path for path in paths if len(path) > 1] or paths
@@ -112,8 +112,8 @@ def mutate_bytes(rng, content):
         rng.shuffle(piece)
         content[a:b] = piece
     else:
-        content[a:a] = rng.choice((b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", rng.randbytes(8), b'"', b"\\",
-                                   b"\n", b"{", b"]", b",", b"9" * 20, b"9" * 5000, b"e999", b"-", b"null"))
+        content[a:a] = rng.choice((b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", rng.randbytes(8), b'"',
+                                   b"\\", b"\n", b"{", b"]", b",", b"9" * 20, b"9" * 5000, b"e999", b"-", b"null"))
     return bytes(content), f"{kind} at {a}:{b}"
 
 
@@ -542,9 +542,9 @@ def test_prompt_files(tmp_path, tokenizer):
     fuzz("prompts", prepare)
 
 
-WORDS = """-1 0 1 2 0.5 1e308 1e999 nan inf 1,2 , a=b a=1,b = a=-1 help=2,help ../../x nowhere/x http://localhost:1/v1 [ (
-* layers.( %s %(x)s {} true none None - -- @file cuda:99 meta cpu:7 xpu toy dpo pairs.jsonl prompts.txt run model adapter
-broken broken.jsonl pku-saferlhf-x""".split() + ["", "9" * 400, "9" * 5000, "x" * 5000, "ü\udcff", "a\nb"]
+WORDS = """-1 0 1 2 0.5 1e308 1e999 nan inf 1,2 , a=b a=1,b = a=-1 help=2,help ../../x nowhere/x http://localhost:1/v1 [
+( * layers.( %s %(x)s {} true none None - -- @file cuda:99 meta cpu:7 xpu toy dpo pairs.jsonl prompts.txt run model
+adapter broken broken.jsonl pku-saferlhf-x""".split() + ["", "9" * 400, "9" * 5000, "x" * 5000, "ü\udcff", "a\nb"]
 
 
 def sensible(flag):
@@ -582,8 +582,8 @@ def test_command_lines(tmp_path, monkeypatch):
     starts = [["--method", method, *more] for method in train.METHODS for more in ([], [], [
         "--model", "model", "--data", "pairs.jsonl", "--template", "plain"])]
     asks = [["run"], ["run", "--prompts", "prompts.txt"], ["--merge", "run", "--out", "merged"],
-            ["--export", "run", "--out", "merged"], ["--make_pairs", "prompts.txt", "--model", "model", "--reward_model",
-             "model", "--out", "made.jsonl"],
+            ["--export", "run", "--out", "merged"], ["--make_pairs", "prompts.txt", "--model", "model",
+             "--reward_model", "model", "--out", "made.jsonl"],
             ["--score", "pairs.jsonl", "--reward_model", "model", "--out", "scored.jsonl"], []]
 
     def prepare(rng):

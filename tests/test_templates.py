@@ -140,7 +140,8 @@ GROW = "{%% set ns = namespace(x='ab') %%}{%% for i in range(60) %%}{%% set ns.x
     *(GROW % grown for grown in (
         "ns.x ~ ns.x", "ns.x + ns.x", "[ns.x, ns.x]", "(ns.x, ns.x)", "{'a': ns.x, 'b': ns.x}", "dict(a=ns.x, b=ns.x)",
         "'%s%s' % (ns.x, ns.x)", "'{0}{0}'.format(ns.x)", "ns.x|replace('b', ns.x)", "ns.x.join([ns.x, ns.x])")),
-    "{{ 'a' * 10**9 }}", "{{ 10**10**10 }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.ljust(10**9) }}", "{{ '%*d' % (10**9, 1) }}",
+    "{{ 'a' * 10**9 }}", "{{ 10**10**10 }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.ljust(10**9) }}",
+    "{{ '%*d' % (10**9, 1) }}",
     "{{ '{:{}}'.format(1, 10**9) }}", "{{ '%999999999d'|format(1) }}", "{{ (5).to_bytes(10**9, 'big') }}",
     "{{ {'a': [1] * 100}|tojson(indent=10**8) }}", "{{ 'ab'|wordwrap(1, wrapstring='x' * 10**8) }}",
     "{% set x = 'y' * 10**8 %}{% for i in range(9999) %}{% if 'q' in x %}{% endif %}{% endfor %}",
