@@ -41,9 +41,9 @@ from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_ex
                       is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights,
                       set_routers, use_expert, weights_hash)
 from losses import (Encoded, Processes, annotator_type, batches, content_hash, encode, expert_margins, files_hash,
-                    gate_report, longest, markdown_table, measured, mixture_diagnostics, plot, router_table, score,
-                    terminal_table, whole_rows, win_rate)
-from model import DTYPES, Transformer, UserError, find_folder, first_line, read_json, stream, write_text
+                    gate_report, load_pyplot, longest, markdown_table, measured, mixture_diagnostics, plot,
+                    router_table, score, terminal_table, whole_rows, win_rate)
+from model import DTYPES, Transformer, UserError, find_folder, first_line, read_config, read_json, stream, write_text
 
 # Prompts and answers
 
@@ -425,7 +425,7 @@ class Judge:
                     if self.answers:
                         return "failed"  # about this request alone, such as one that is too long
                     raise UserError(f"--judge: the server answers with status {status}") from None
-                time.sleep(self.PAUSE * 2 ** attempt)
+                time.sleep(self.PAUSE * 2 ** attempt * (attempt + 1 < self.TRIES))
             except (ValueError, TypeError, KeyError, IndexError, AttributeError):  # not what the interface promises
                 return "unread"
         if not self.answers:
@@ -546,7 +546,11 @@ def evaluate_answers(runs, args):
     """Answer prompts with runs and what they started from, judge the answers in every way that is asked for, print one
     table, and write it with all settings to --out.md and --out.json. Several processes share the answering alone."""
     processes = Processes.join()
-    out = Path(args.out or f"out/eval-{Path(args.prompts).stem}")
+    out = Path((args.out or f"out/eval-{Path(args.prompts).stem}").removesuffix(".md").removesuffix(".json"))
+    for folder in filter(None, (args.reward_model, args.cost_model)):  # mistakes first, then the long work
+        read_config(find_folder(folder))
+    if args.plot:
+        load_pyplot()
     configs = [read_json(Path(run) / "config.json") for run in runs]
     splits = {(one["seed"], one["held_out"]) for one in configs if args.prompts in one.get("data", ())}
     if len(splits) > 1 and not source_files(args.prompts)[1]:
@@ -562,6 +566,7 @@ def evaluate_answers(runs, args):
     for kind in ("reward", "cost"):
         if folder := getattr(args, f"{kind}_model"):
             judges[kind] = f"{folder} ({files_hash(find_folder(folder))[:12]})"
+    trouble = None
     if args.judge:
         requests = judge_requests(prompts, answers, baseline)
         if args.judge_dry_run:
@@ -570,8 +575,11 @@ def evaluate_answers(runs, args):
             print(f"{len(texts)} requests of about {sum(map(len, texts)) // 4} tokens in {out}-requests.jsonl")
         else:
             judge = Judge(args.judge, args.judge_model)
-            verdicts = dict(zip(requests, judge.ask_all([*requests.values()])))
-            judged.append(judge_metrics(verdicts, answers, baseline))
+            try:
+                verdicts = dict(zip(requests, judge.ask_all([*requests.values()])))
+                judged.append(judge_metrics(verdicts, answers, baseline))
+            except UserError as error:  # raised below, when the other judges' table is written
+                trouble = error
             counts = ", ".join(f"{count} {what}" for what, count in judge.counts.items())
             judges["judge"] = f"{args.judge_model}, asked for {counts}"
     metrics = {name: reduce(dict.__or__, (more[name] for more in judged), metrics[name]) for name in metrics}
@@ -579,10 +587,14 @@ def evaluate_answers(runs, args):
     rows = {name: {key: metrics[name].get(key, math.nan) for column in shown for key in (column, f"{column}_se")}
             for name in answers}
     columns = {key: COLUMNS[key][0] for key in shown}
-    about = [f"{len(prompts)} prompts of {args.prompts}, wins against {baseline}, temperature {args.temperature}, "
-             f"top_p {args.top_p}, seed {args.seed}", *(f"{kind}: {judge}" for kind, judge in judges.items())]
+    wins = f"wins against {baseline}, " * any(key.startswith("wins") for key in shown)
+    about = [f"{len(prompts)} prompts of {args.prompts}, {wins}temperature {args.temperature}, top_p {args.top_p}, seed "
+             f"{args.seed}", *(f"{kind}: {judge}" for kind, judge in judges.items())]
+    longer = [f"warning: {run} answers in {rows[run]['tokens'] / rows[starts[run]]['tokens']:.1f} times as many tokens as "
+              "its start; a judge may like length: see wins beside tokens" for run in runs
+              if rows[run]["tokens"] > 1.5 * rows[starts[run]]["tokens"]]
     print(terminal_table(rows, columns, starts), "↑ ↓: more than two standard errors away from the start", *about,
-          *map(router_table, routers.values()), sep="\n")
+          *longer, *map(router_table, routers.values()), f"written to {out}.md and {out}.json", sep="\n")
     better = {key: COLUMNS[key][1] for key in shown if COLUMNS[key][1]}
     table = markdown_table(rows, {key: heading.replace("/", " ") for key, heading in columns.items()}, better)
     write_text(Path(f"{out}.md"), "\n".join([table, "", *(f"- {line}" for line in about), ""]))
@@ -592,6 +604,8 @@ def evaluate_answers(runs, args):
     write_text(Path(f"{out}.json"), json.dumps(report, indent=2) + "\n")
     if args.plot:
         plot(rows, columns, routers, gates, runs, out)
+    if trouble:
+        raise trouble
 
 
 # Command lines, of this program and of train.py: a flag is declared once, as a field of a dataclass
@@ -690,6 +704,7 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(f"--{flag.name}", type=flag.metadata["read"] or flag.type, metavar=kind, help=help,
                                    action="extend" if flag.metadata["read"] is source_names else "store")
         self.add_argument("--help", action="store_true", help="show this text and stop")
+        self.add_argument("-h", dest="help", action="store_true", help=argparse.SUPPRESS)
 
     def error(self, message):
         """One line instead of argparse's page of usage, with the nearest flag where one was mistyped."""
@@ -797,7 +812,7 @@ def evaluate_runs(runs, args):
 def write_out(args):
     """--merge and --export: what was trained, in formats that other software reads."""
     if not args.out or Path(args.out).exists():
-        raise UserError(f"--out {args.out}: name a folder that is not there yet")
+        raise UserError(f"--out{' ' * bool(args.out)}{args.out}: name a folder that is not there yet")
     policy, tokenizer, config = load_policy(args.merge or args.export, args.dtype, args.device)
     if args.merge:
         template = tokenizer.chat_template if config["template"] in TEMPLATES else None

@@ -760,6 +760,9 @@ def open_run(out, settings, free, resume, lock):
     finish_move(out)
     for leftover in (*out.glob("*.[0-9]*.partial"), *out.glob(".new/*.[0-9]*.partial")):
         leftover.unlink()  # of `atomic_file`, by a process that was killed
+    others = {path for path in out.glob("[!.]*") if path.is_file()} - {*run_files(out)}
+    if others and not (out / "config.json").is_file():
+        raise UserError(f"--out {out}: has files that are no run's, such as {min(others).name}; name a folder of its own")
     for folder in (out / ".new", out) if resume else ():
         before = read_settings(folder)
         if before.get("finished") or (folder / "checkpoint").is_dir():

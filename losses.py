@@ -775,14 +775,19 @@ FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "
              "judged_helpfulness": "judged_harm"}
 
 
-def plot(rows, headings, routers, gates, runs, out):
-    """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method and
-    view joined in their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of
-    {run: `gate_report`} by user; training curves."""
+def load_pyplot():
     try:
         from matplotlib import pyplot
     except ImportError:
         raise UserError("--plot needs the matplotlib package: pip install matplotlib") from None
+    return pyplot
+
+
+def plot(rows, headings, routers, gates, runs, out):
+    """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method and
+    view joined in their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of
+    {run: `gate_report`} by user; training curves."""
+    pyplot = load_pyplot()
 
     def save(figure, name):
         for kind in ("png", "svg"):

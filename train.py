@@ -536,13 +536,14 @@ TOY_BASE = dict(method="sft", lora_rank=0, lr=4e-3, weight_decay=0.05, batch_siz
 def toy_base(seed, device):
     """The folder of the toy base model, which is made on first use (a minute and a half on one CPU core) and kept."""
     folder = Path("out") / f"toy-base-seed{seed}"
-    if toy.is_base(folder, seed, TOY_BASE):
-        return folder
-    print(f"making the toy base model, once: {folder}", flush=True)
-    with atomic_folder(folder) as temporary:
-        model, demonstrations = toy.make_base(temporary, seed)
-        train(model.to(device), demonstrations, None, resolve({**TOY_BASE, "seed": seed, "device": device}), temporary)
-        toy.save_base(model, temporary, seed, TOY_BASE)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # a second command waits for the first, and finds what it made
+        if not toy.is_base(folder, seed, TOY_BASE):
+            print(f"making the toy base model, once: {folder}", flush=True)
+            with atomic_folder(folder) as made:
+                model, demonstrations = toy.make_base(made, seed)
+                train(model.to(device), demonstrations, None, resolve({**TOY_BASE, "seed": seed, "device": device}), made)
+                toy.save_base(model, made, seed, TOY_BASE)
     return folder
 
 

@@ -568,8 +568,8 @@ def command_line(rng, settings, start):
 def test_command_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("JUDGE_API_KEY", raising=False)
-    monkeypatch.setattr(train, "run", lambda config: None)  # what it then reads, the other kinds damage
-    monkeypatch.setattr(train, "is_finished", lambda config: False)
+    monkeypatch.setattr(train, "run", lambda *_: None)  # what it then reads, the other kinds damage
+    monkeypatch.setattr(train, "is_finished", lambda *_: False)
     fresh(tmp_path / "model", FIXTURES / "llama")
     fresh(tmp_path / "adapter", FIXTURES / "adapter_list")
     (tmp_path / "broken").mkdir()
