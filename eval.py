@@ -254,7 +254,7 @@ def mixture_report(model, encoded, held_out, beta, batch_size, dtype="float32"):
         right = expert_margins(mixture_logps, model, held_out, beta, batch_size, dtype)[0] > 0
         pair_types = np.array([*types, "unknown"])[held_out.labels["group"]]
         report["accuracy"] = {name: right[torch.from_numpy(pair_types == name)].float().mean(0).tolist()
-                              for name in sorted(set(types)) or ["unknown"]}
+                              for name in sorted(set(types)) or ["unknown"] if (pair_types == name).any()}
     return report, warnings
 
 

@@ -438,3 +438,13 @@ def test_text_that_is_no_unicode_is_kept_as_it_was_written(quick):
     Path("asked.jsonl").write_text('{"prompt": [{"role": "user", "content": "Why?", "note": "x\\ud83d"}]}\n')
     evaluate(policy)
     assert kept(policy)[0]["prompt"][0]["note"] == "x\ud83d"
+
+
+def test_answers_that_grow_are_a_warning(policy, monkeypatch, capsys):
+    stream = eval_file.stream
+
+    def longer(model, prompts, count, *settings):
+        return stream(model, prompts, 4 if any(expert_layers(model)) else 2, *settings)
+    monkeypatch.setattr(eval_file, "stream", longer)
+    evaluate(policy)
+    assert f"warning: {policy} answers in 2.0 times as many tokens as its start" in capsys.readouterr().out

@@ -65,9 +65,10 @@ def test_a_run_of_two_processes_is_that_of_one_and_goes_on_with_another_number(p
     assert output.count("view safedpo:") == 1 and "the run is in out/two/" in output
     train("out/one", "--batch_size", 8, count=1)
     check_close("out/two", "out/one")
-    for count in (1, 2):
+    for count, number in ((1, signal.SIGTERM), (2, signal.SIGKILL)):
         out = f"out/resumed-by-{count}"
-        interrupt(out)
+        end(begin(out, "--save_every", 2), number)
+        assert (Path(out) / "checkpoint").is_dir() and not (Path(out) / "adapter").exists()
         train(out, "--batch_size", 8 // count, "--resume", count=count)
         check_close(out, "out/one")
     assert files_of(Path(out)) == files_of(Path("out/two")) and values(out) == values("out/two")
@@ -83,19 +84,41 @@ def begin(out, *flags):
     return process
 
 
-def interrupt(out):
-    process = begin(out)
-    process.send_signal(signal.SIGTERM)
+def workers(process):
+    listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    return [int(number) for number in listed.split()]
+
+
+def end(process, number):
+    """Send a signal: SIGTERM to torchrun, which hands it on; SIGKILL to all, as when the power fails."""
+    children = workers(process)
+    process.send_signal(number)
+    for child in children if number == signal.SIGKILL else ():
+        os.kill(child, number)
     process.communicate(timeout=60)
-    assert (Path(out) / "checkpoint").is_dir() and not (Path(out) / "adapter").exists()
 
 
 def test_where_one_process_dies_the_run_ends_with_a_line_that_says_so(place):
     process = begin("out/run", "--epochs", 1000)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
+    os.kill(workers(process)[-1], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode and "another process of this run has ended" in output
+
+
+def test_two_processes_share_the_answers_to_prompts_and_give_those_of_one(place):
+    train("out/one", "--max_steps", 3, count=1)
+    Path("asked.txt").write_text("".join(f"How do I bake {what}?\n" for what in ("bread", "a cake", "a pie", "rolls", "it")))
+    tables = []
+    for count in (2, 1):
+        torchrun(ROOT / "eval.py", "out/one", "--prompts", "asked.txt", "--max_new_tokens", 6, "--device", "cpu", count=count)
+        tables.append(json.loads(Path("out/eval-asked.json").read_text())["rows"])
+        kept = sorted(Path("out/one").glob("answers-*.jsonl"))
+        assert [len(json_lines(path)) for path in kept] == ([2, 3] if count == 2 else [5])
+        for path in (*kept, *Path("out/cache").iterdir()):
+            path.unlink()
+    assert tables[0].keys() == tables[1].keys()
+    for name in tables[0]:
+        assert tables[0][name] == pytest.approx(tables[1][name], rel=1e-4, abs=1e-6)
 
 
 if __name__ == "__main__":
