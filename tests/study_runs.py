@@ -116,21 +116,22 @@ def metrics_of(out, where, split):
         more.update(recovered=experts.get("recovered", math.nan), own=min(map(max, experts["accuracy"].values())))
     if "preferences" in keys:
         more["degenerate, closing table"] = read_json(out / file)[keys[0]]["degenerate"]
-    if keys[0] != "base":
+    if keys[0] in ("policy", "uses"):
         cost = read_json(out / "cost.json")
         more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
-    if (out / "margins.json").is_file() and keys[0] != "base":
+    if (out / "margins.json").is_file() and keys[0] == "policy":
         last = read_json(out / "margins.json")["rows"][-1]
         more.update({name: last[name] for name in ("q10", "q50", "q90", "passed")})
     return metrics | {name: value for key, value in more.items() for name, value in ((key, value), (f"{key}_se", 0))}
 
 
-def parameters(folder):
+def parameters(folder, routers=True):
     """Numbers in the safetensors files that a run folder keeps of its training."""
     total = 0
     for path in [path for kind in ("adapter", "experts", "model") for path in (folder / kind).glob("*.safetensors")]:
         with safe_open(path, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()
+                         if routers or "router" not in name)
     return total
 
 
@@ -143,29 +144,33 @@ def training_seconds(out, part):
     return before + sum(cost["training"].values())
 
 
-def token_seconds(model, tokenizer, prompts, rounds=5, new_tokens=32):
-    """Seconds for each greedily generated token, in a batch of these prompts, no answer ending early: the median."""
+def token_ratio(model, start, tokenizer, prompts, rounds=7, new_tokens=32):
+    """CPU time of a greedily generated token, in a batch of these prompts, no answer ending early, as a multiple of the
+    start's: the median of rounds that ask both in turn."""
     rendered = [tokenizer.render(prompt) for prompt in prompts]
     if model.gate is not None:
         use_expert(model, choose_experts(model, tokenizer, rendered, "mixture", "", 0))
-    tokens, times = tokenizer.encode(rendered), []
+    tokens, ratios = tokenizer.encode(rendered), []
     for _ in range(rounds):
-        started = time.perf_counter()
-        generate(model, tokens, new_tokens)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times) / new_tokens / len(tokens)
+        times = []
+        for one in (start, model):
+            started = time.process_time()
+            generate(one, tokens, new_tokens)
+            times.append(time.process_time() - started)
+        ratios.append(times[1] / times[0])
+    return statistics.median(ratios)
 
 
 def costs(out, where):
     """[trained parameters, seconds of training, time per token as a multiple of the base's] of a row of study "all"."""
     torch.set_num_threads(1)
     file = where.split()[0]
-    part = file.rpartition("/")[0]
+    part, static = file.rpartition("/")[0], "static" in file
     prompts = [prompt.text for prompt in toy.eval_prompts("dev", 0)[:16]]
     model, tokenizer, config = load_policy(out / part)
     start = load_start({**config, "init_adapter": ()})
-    ratio = token_seconds(model, tokenizer, prompts) / token_seconds(start, tokenizer, prompts)
-    return [parameters(out / part), training_seconds(out, part), 1.0 if "static" in file else ratio]
+    ratio = 1.0 if static else token_ratio(model, start, tokenizer, prompts)
+    return [parameters(out / part, not static), training_seconds(out, part), ratio]
 
 
 @torch.no_grad()
