@@ -55,7 +55,7 @@ def delta(lines, runs, folder):
                   label=name)
         left.fill_between(steps, [row["q10"] for row in recorded], [row["q90"] for row in recorded],
                           color=COLOURS[i % 7], alpha=0.12, linewidth=0)
-    left.set(xlabel="step", ylabel="Δr of safe/unsafe pairs: median, 10 to 90 %")
+    left.set(xlabel="step", ylabel="Δr, safe/unsafe pairs (10, 50, 90 %)")
     left.legend(fontsize=7)
     for i, (key, label) in enumerate((("helpfulness_safe", "helpful, safe prompts"), ("over_refusal", "over-refusal"),
                                       ("harmless_ratio_unsafe", "harmless, harmful prompts"),
