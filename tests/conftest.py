@@ -235,7 +235,7 @@ def make_small(patch):
     In a handful of steps score models come to differ from 0, and MidPO's experts from the base.
     """
     patch.setattr(toy, "MODEL", SMALL_MODEL)
-    patch.setattr(toy, "DEMONSTRATIONS", 240)
+    patch.setattr(toy, "DEMONSTRATIONS", 312)
     patch.setattr(toy, "COMPARISONS", COMPARISONS)
     patch.setitem(train.TOY, "lora_rank", 0)
     patch.setitem(train.TOY, "lr", lambda values: 3e-4 if values["lora_rank"] else 1.8e-5)

@@ -317,7 +317,7 @@ def test_midpo_runs_in_bfloat16(place):
 def test_the_loaded_mixture_generates_what_step_by_step_argmax_without_a_cache_gives(mixture):
     policy, tokenizer, _ = eval_file.load_policy(mixture)
     for _, layer in expert_layers(policy):  # the base repeats one word; with experts this large something happens
-        layer.lora_B.copy_(5 * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(0)))
+        layer.lora_B.copy_(2 * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(1)))
         for parameter in layer.router.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 0)
     prompts = tokenizer.encode([tokenizer.render(p.text) for p in toy.eval_prompts("test", 0)[:5]])

@@ -36,7 +36,7 @@ def random_score_model(tokenizer_folder, folder, seed=0, **shape):
 def judges(bases, tmp_path_factory):
     """{"reward": folder, "cost": folder} of two random score models with the toy tokenizer."""
     folder = tmp_path_factory.mktemp("judges")
-    return {name: random_score_model(bases / BASE, folder / name, seed, num_hidden_layers=seed + 1)
+    return {name: random_score_model(bases / BASE, folder / name, seed + 2, num_hidden_layers=seed + 1)
             for seed, name in enumerate(("reward", "cost"))}
 
 
