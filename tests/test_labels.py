@@ -193,7 +193,8 @@ def test_held_out_metrics_do_not_depend_on_how_pairs_are_batched(quick, flags):
     metrics = []
     for size in (1, 3, 100):
         out = run(f"run-{size}", *flags, "--lora_rank", 4, "--max_steps", 1, "--batch_size", size, "--lr", 1e-12)
-        metrics.append({name: value for name, value in rows(out)[-1].items() if name.startswith("eval/")})
+        metrics.append({name: value for name, value in rows(out)[-1].items()
+                        if name.startswith("eval/") and not name.endswith("accuracies")})  # of margins that are rounding
     assert len(metrics[0]) > 1
     for other in metrics[1:]:
         assert other == pytest.approx(metrics[0], rel=1e-4, abs=1e-5)

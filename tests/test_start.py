@@ -33,7 +33,7 @@ def test_dpo_from_an_adapter_starts_at_log_2_with_the_adapters_model_as_the_refe
         chosen = [float(logp_alone(merged, *ids_of(tokenizer, pair)[:2])) for pair in pairs]
     of_base = [pair_logps(BASE, pair)[0] for pair in pairs]
     assert first["logps/chosen"] == pytest.approx(sum(chosen) / 8, rel=1e-4)
-    assert abs(sum(chosen) - sum(of_base)) > 1  # the reference is another model than the base
+    assert abs(sum(chosen) - sum(of_base)) > 0.1  # the reference is another model than the base
 
 
 def test_a_merged_adapter_is_the_same_start_as_the_adapter(adapter):

@@ -175,12 +175,12 @@ def test_the_first_weights_are_smaller_where_a_layer_adds_to_the_residual_stream
 
 def test_the_base_model_is_made_once_and_again_when_its_recipe_changes(place, monkeypatch):
     weights = Path(f"{BASE}/model.safetensors")
-    before, when = weights.read_bytes(), weights.stat().st_mtime_ns
+    before, when, count = weights.read_bytes(), weights.stat().st_mtime_ns, toy.DEMONSTRATIONS
     assert train.toy_base(0, "cpu") == weights.parent and weights.stat().st_mtime_ns == when
     monkeypatch.setattr(toy, "DEMONSTRATIONS", 72)
     train.toy_base(0, "cpu")
     assert weights.read_bytes() != before
-    monkeypatch.setattr(toy, "DEMONSTRATIONS", 240)
+    monkeypatch.setattr(toy, "DEMONSTRATIONS", count)
     train.toy_base(0, "cpu")
     assert weights.read_bytes() == before
     assert not leftovers(place)
