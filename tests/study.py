@@ -32,10 +32,11 @@ TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
-# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: of the few tried on the development
-# split (seed 0) the best that left at most about 5 % more answers degenerate; where none was tried, that of the nearest
+# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: the best on the development split
+# (seed 0) that left at most 5 % more answers degenerate. For 10, of 1.6e-4, 3e-4 and 6e-4 for PMoL (1.2e-3 breaks it)
+# and one LoRA (6e-4 breaks it); the others are those of the former base model
 RATES = {2: (8e-5, 8e-5, 1.6e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5, 1.6e-5), 6: (1.6e-4, 8e-5, 3e-5),
-         10: (3e-4, 1.6e-4, 3e-5)}
+         10: (6e-4, 3e-4, 3e-5)}
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --lr 4.5e-4 "
           "--epochs 3")
 STRONG = "--beta 1 --epochs 4"  # with which Δr passes 10
