@@ -14,7 +14,7 @@ import shutil
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile, is_zipfile
@@ -615,16 +615,27 @@ def sample(logits, temperature, top_p, uniform):
     return order.gather(1, place).squeeze(1)
 
 
+@cache
+def packs_linears():
+    """True if torch's private operators for `packed_linears` are there and compute what a linear layer does."""
+    x, weight = torch.linspace(-1, 1, 6).view(2, 3), torch.linspace(-1, 1, 12).view(4, 3)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
+        return torch.allclose(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), F.linear(x, weight))
+    except (AttributeError, RuntimeError):  # what another torch, or one without oneDNN, raises
+        return False
+
+
 @contextmanager
 def packed_linears(model, rows, merge=True):
     """Inside this block, float32 linear layers on a CPU run from copies of their weights in oneDNN's own layout.
 
     Decoding multiplies a few rows by every weight; from the plain layout that takes about twice as long. The copies
     take the weights' memory again, for this block only. merge: experts at constant weights are part of the copies, so
-    the weights must not change inside the block. Does nothing where oneDNN is absent.
+    the weights must not change inside the block. Does nothing where this torch has no such operators, or they fail.
     """
     packed, merged = [], set()
-    for module in model.modules() if torch.backends.mkldnn.is_available() else ():
+    for module in model.modules() if packs_linears() else ():
         has_experts = merge and getattr(module, "is_constant", False)        # a lora_moe.ExpertLinear
         linear = module.base if has_experts else module
         if type(linear) is nn.Linear and linear not in merged and linear.weight.device.type == "cpu" \

@@ -1,11 +1,13 @@
 """Generation: each row as if alone, sampling as its formula says, the same on every run."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import FAMILY_FIXTURES, FIXTURES, load_fixture
 from lora_moe import add_experts, load_adapter, merge_experts, perturb_experts
-from model import KVCache, UserError, generate, packed_linears, sample, stream
+from model import KVCache, UserError, generate, packed_linears, packs_linears, sample, stream
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [33], [90, 4, 71, 22], [8, 8, 8, 30, 2, 61, 44]]
 
@@ -129,6 +131,19 @@ def test_packed_linears_change_no_result_and_leave_no_trace():
             torch.testing.assert_close(model(tokens), plain, rtol=1e-4, atol=1e-5)
         assert torch.equal(model(tokens), plain)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("broken", ("absent", "wrong"))
+def test_without_the_private_operators_the_tokens_are_the_same(broken, monkeypatch):
+    model = load_adapter(load_fixture("gpt2"), FIXTURES / "adapter_gpt2")
+    packed = generate(model, PROMPTS, 10)
+    assert packs_linears()
+    operators = SimpleNamespace() if broken == "absent" else SimpleNamespace(
+        _reorder_linear_weight=lambda weight, rows: weight, _linear_pointwise=lambda x, weight, *_: x @ weight.T + 1)
+    monkeypatch.setattr(torch.ops, "mkldnn", operators)
+    packs_linears.cache_clear()
+    assert not packs_linears() and generate(model, PROMPTS, 10) == packed
+    packs_linears.cache_clear()
 
 
 def test_generate_leaves_training_mode_as_it_was():
