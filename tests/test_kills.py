@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from tqdm import tqdm
 
 import train
 from conftest import files_of, json_lines, line_of, mistake, rows, run, timeless
@@ -35,6 +37,8 @@ def in_a_child(*flags, before=lambda: None):
         return number
     status = 1
     try:
+        tqdm.set_lock(threading.RLock())  # its own is shared with forks, and a killed one would never give it back
+        signal.alarm(120)
         sys.stdout = open(os.devnull, "w")
         sys.stderr = open("errors.txt", "w")
         before()
