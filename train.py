@@ -693,7 +693,8 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     accumulate(sums, {name: torch.where(finite, value, 0) for name, value in now.items()})
-    accumulate(sums, {"grad_norm": torch.where(finite, norm, 0), "finite": finite.float()}, 1 / processes.count)
+    if processes.rank == 0:  # these are the same in all processes
+        accumulate(sums, {"grad_norm": torch.where(finite, norm, 0), "finite": finite.float()})
     return finite
 
 

@@ -42,7 +42,7 @@ def timed(function):
 
 def bench_generate(rounds, batch=16):
     """A 33 M parameter Llama in float32, with and without experts, on two works. Equal: a batch of prompts of 32 tokens
-    and 64 new ones each, greedy. Answers: 128 prompts of 8 to 64 tokens, sampled; 250 of the 16,000 tokens end an
+    and 64 new ones each, greedy. Answers: 64 prompts of 8 to 64 tokens, sampled; 250 of the 16,000 tokens end an
     answer, so they have 64 tokens on average, 256 at most; transformers gets batches of prompts of like length."""
     from transformers import AutoModelForCausalLM, LlamaConfig
     config = LlamaConfig(**{name: value for name, value in SMALL.items() if name != "model_type"}, eos_token_id=None)
@@ -53,7 +53,7 @@ def bench_generate(rounds, batch=16):
         ours = Transformer.from_pretrained(folder)
     rng = np.random.default_rng(0)
     equal = rng.integers(300, config.vocab_size, (batch, 32)).tolist()
-    prompts = sorted((rng.integers(300, config.vocab_size, size).tolist() for size in rng.integers(8, 65, 128)), key=len)
+    prompts = sorted((rng.integers(300, config.vocab_size, size).tolist() for size in rng.integers(8, 65, 64)), key=len)
     ends = [*range(3, 253)]
 
     @torch.no_grad()
