@@ -69,8 +69,8 @@ def record_conflict(config, only):
         else:
             rows.append(None)
         if only:
-            mine = members[encoded.groups.index(only)]
-            parts = [mine[indices % len(mine)] for indices in parts]
+            trained = members[encoded.groups.index(only)]
+            parts = [trained[indices % len(trained)] for indices in parts]
         return train_step(model, parameters, optimizer, encoded, parts, config, *rest)
 
     train.train_step = recording
