@@ -1,13 +1,13 @@
 """The tables of results/README.md: train every row of a study with several seeds, then print mean ± standard error.
 
     python tests/study.py all                            all methods in one table, seeds 3 to 7, test prompts
-    python tests/study.py midpo --split dev              seeds 0 to 2 on the development split, where settings are chosen
+    python tests/study.py midpo --split dev              seeds 0 to 2, development split, where settings are chosen
     python tests/study.py pmol --rows "^10:" --seeds 3,4 some rows, some seeds
 
-Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are kept
-when finished, so a call that was interrupted goes on; each runs on one thread, `--jobs` at a time. CPU seconds and peak
-memory are those of the whole process of a run: training, and judging the base and the policy (Linux: other systems count
-memory otherwise). A study with a picture writes it to results/.
+Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are
+kept when finished, so a call that was interrupted goes on; each runs on one thread, `--jobs` at a time. CPU seconds and
+peak memory are those of the whole process of a run: training, and judging the base and the policy (Linux: other systems
+count memory otherwise). A study with a picture writes it to results/.
 """
 import argparse
 import math
@@ -26,7 +26,7 @@ from losses import markdown_table, mean_and_error  # noqa: E402
 from model import read_json  # noqa: E402
 from study_runs import costs, forgetting, make_base, metrics_of, train  # noqa: E402
 
-MIDPO, SHARE = "--method midpo", "--harmful_share 0.7"  # MidPO's own share of harmful comparisons, for all rows of "all"
+MIDPO, SHARE = "--method midpo", "--harmful_share 0.7"  # MidPO's default share, for all rows of "all"
 HELPFUL = f"--method dpo --view helpful {SHARE}"
 TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
@@ -75,8 +75,9 @@ def policies(rows):
 
 # study -> row of the table -> (flags of train.py, where in the run folder its metrics are: file, then keys)
 STUDIES = {
-    # Rates: of 8e-5, 1.2e-4 and 1.6e-4 the one with the largest sum of helpful on safe and harmless on harmful prompts on
-    # the development split (seed 0), at most 5 points more degenerate than the base; DPO on helpful pairs at the default
+    # Rates: of 8e-5, 1.2e-4 and 1.6e-4 (the default) the one with the largest sum of helpful on safe and harmless on
+    # harmful prompts, development split, seed 0, at most 5 points more degenerate than the base. Not tried: MidPO and
+    # DPO on helpful and safe-better pairs, which have the defaults; SACPO's second step had 4e-5, 8e-5 and 1.6e-4
     "all": {
         **policies({
             "DPO, helpful pairs": HELPFUL, "DPO, harmless pairs": f"--method dpo --view harmless {SHARE} --lr 8e-5",
@@ -88,8 +89,10 @@ STUDIES = {
         "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
         "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
         "both experts merged at 0.5": (MIDPO, "eval-static-0.5,0.5.json policy"),
-        **policies({"MidPO": MIDPO, "PMoL, two preferences": f"--method pmol {TWO} --lora_targets down_proj --lr 1.2e-4",
-                    "MoE-DPO, gate on prompts": f"--method moe-dpo --gate prompt --beta 0.1 {TWO} --lr 1.6e-4"}),
+        **policies({
+            "MidPO": MIDPO,
+            "PMoL, two preferences": f"--method pmol {TWO} --lora_targets down_proj --lr 1.2e-4",
+            "MoE-DPO, gate on prompts": f"--method moe-dpo --gate prompt --beta 0.1 {TWO} --lr 1.6e-4"}),
     },
     "delta": policies({f"Δ = {delta}": f"record margins --method safedpo --delta {delta} {STRONG}"
                        for delta in (0, 2, 5, 10, 20, 50)}),
@@ -183,9 +186,9 @@ def router_table(reports, kinds=("harmful", "safe")):
     """Median weight of each expert at the last prompt token, by layer and kind of prompt, over seeds."""
     rows = {}
     for layer in reports[0]:
-        rows[layer] = over_seeds([{key: value for kind in kinds for i, weight in enumerate(report[layer][kind]["median"])
-                                   for key, value in ((f"{kind} {i}", weight), (f"{kind} {i}_se", 0))}
-                                  for report in reports])
+        rows[layer] = over_seeds([
+            {key: value for kind in kinds for i, weight in enumerate(report[layer][kind]["median"])
+             for key, value in ((f"{kind} {i}", weight), (f"{kind} {i}_se", 0))} for report in reports])
     columns = {key: key for key in next(iter(rows.values())) if not key.endswith("_se")}
     return markdown_table(rows, columns)
 
@@ -229,7 +232,8 @@ def add_forgetting(lines, rows, runs, seeds, split):
 
 
 def print_pmol(lines):
-    headings = {"mixing": "Mixing score", "degenerate, closing table": "Degenerate answers to the closing table's prompts",
+    headings = {"mixing": "Mixing score",
+                "degenerate, closing table": "Degenerate answers to the closing table's prompts",
                 "forgotten": "Forgetting: nats per token lost on the base's own answers, prompts of no preference",
                 "minutes": "CPU minutes of a run", "memory": "Peak memory of a run, GiB"}
     for key, heading in headings.items():
@@ -253,7 +257,7 @@ def columns_of(study, lines):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", help="with commas (default: 0 to 2 on the development split, 3 to 7 on the test split)")
+    parser.add_argument("--seeds", help="with commas (default: 0,1,2 on the development split, 3,4,5,6,7 on test)")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--rows", default="", help="a regular expression: only the rows whose names it is found in")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")

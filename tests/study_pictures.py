@@ -75,7 +75,8 @@ def noise(lines, runs, folder):
         metrics = (("harmless_ratio_unsafe", "harmless on harmful", "-"), ("helpfulness_safe", "helpful on safe", "--"))
         for i, (method, (key, what, line)) in enumerate(itertools.product(methods, metrics)):
             rows = {name: row for name, row in lines.items() if name.startswith(f"{method}, {flip} ")}
-            draw(panel, [float(name.rpartition(" ")[2]) for name in rows], [*rows.values()], key, f"{method}: {what}", i)
+            shares = [float(name.rpartition(" ")[2]) for name in rows]
+            draw(panel, shares, [*rows.values()], key, f"{method}: {what}", i)
             panel.lines[-1].set_linestyle(line)
         panel.set(xlabel=f"share of labels flipped (--{flip})", ylabel="score" if panel is axes[0] else "")
     axes[0].legend(fontsize=6)

@@ -56,7 +56,7 @@ def layer_gradients(model, parameters, encoded, indices, config):
 
 
 def record_conflict(config, only):
-    """Train as `config` says, on the pairs of the preference `only` if it is named; returns [{"step", layer: cosine}]."""
+    """Train as `config` says, on the pairs of the preference `only` if named; returns [{"step", layer: cosine}]."""
     train_step, rows = train.train_step, []
 
     def recording(model, parameters, optimizer, encoded, parts, config, *rest):

@@ -72,8 +72,8 @@ def pairs_file(name, seed, share=0.7):
 def train(flags, seed, split):
     """Run train.py with these flags, unless it was run to its end before; returns the run folder.
 
-    "A then B" runs A, then B with A's folder in the place of {before}. {transformed} and {joint} stand for `pairs_file`s; a
-    step that begins with "record" is run by study_record.py.
+    "A then B" runs A, then B with A's folder in the place of {before}. {transformed} and {joint} stand for
+    `pairs_file`s; a step that begins with "record" is run by study_record.py.
     """
     folder, steps = "", flags.split(" then ")
     for i, step in enumerate(steps):
@@ -103,7 +103,8 @@ def metrics_of(out, where, split):
     if split == "dev":
         file = file.replace(".json", "-dev.json")
     if "static" in file and not (out / file).is_file():
-        run([ROOT / "eval.py", out, "--static", re.search(r"static-([\d.,]+?)(-dev)?\.json", file)[1], "--split", split])
+        weights = re.search(r"static-([\d.,]+?)(-dev)?\.json", file)[1]
+        run([ROOT / "eval.py", out, "--static", weights, "--split", split])
     metrics = read_json(out / file)
     for key in keys:
         if key.startswith("expert_for_"):
