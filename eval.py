@@ -97,7 +97,8 @@ def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0,
     experts = choose_experts(model, tokenizer, rendered, use, users, seed)[left] if model.gate is not None else None
     tokens, stops = tokenizer.encode([rendered[i] for i in left]), {*tokenizer.stop_ids, *model.config.eos_ids}
     prepare = None if experts is None else lambda numbers: use_expert(model, experts[numbers])
-    for i, ids in stream(model, tokens, max_new_tokens, batch_size or len(left), temperature, top_p, stops, seed, prepare):
+    rows = batch_size or len(left)
+    for i, ids in stream(model, tokens, max_new_tokens, rows, temperature, top_p, stops, seed, prepare):
         yield {"number": left[i], "answer": tokenizer.answer(tokens[i], ids), "ids": ids, "ended": ids[-1] in stops,
                "expert": None if experts is None else int(experts[i])}
 
@@ -109,8 +110,8 @@ def answer(model, tokenizer, prompts, **settings):
 
 
 def kept_answers(model, tokenizer, prompts, folder, args, processes):
-    """The answers to rows of `read_prompts`, in their order, kept in folder/answers-….jsonl as they come, a file for each
-    process: a call that was interrupted goes on where it stopped. The name has a hash of all that they depend on."""
+    """The answers to rows of `read_prompts`, in their order, kept in folder/answers-….jsonl as they come, a file for
+    each process: an interrupted call goes on where it stopped. The name has a hash of all that they depend on."""
     settings = dict(seed=args.seed, temperature=args.temperature, top_p=args.top_p, use=args.use, users=args.users,
                     max_new_tokens=args.max_new_tokens or 512)
     asked, stops = [row["prompt"] for row in prompts], sorted({*tokenizer.stop_ids, *model.config.eos_ids})
@@ -588,11 +589,11 @@ def evaluate_answers(runs, args):
             for name in answers}
     columns = {key: COLUMNS[key][0] for key in shown}
     wins = f"wins against {baseline}, " * any(key.startswith("wins") for key in shown)
-    about = [f"{len(prompts)} prompts of {args.prompts}, {wins}temperature {args.temperature}, top_p {args.top_p}, seed "
-             f"{args.seed}", *(f"{kind}: {judge}" for kind, judge in judges.items())]
-    longer = [f"warning: {run} answers in {rows[run]['tokens'] / rows[starts[run]]['tokens']:.1f} times as many tokens as "
-              "its start; a judge may like length: see wins beside tokens" for run in runs
-              if rows[run]["tokens"] > 1.5 * rows[starts[run]]["tokens"]]
+    about = [f"{len(prompts)} prompts of {args.prompts}, {wins}temperature {args.temperature}, top_p {args.top_p}, "
+             f"seed {args.seed}", *(f"{kind}: {judge}" for kind, judge in judges.items())]
+    growth = {run: rows[run]["tokens"] / rows[starts[run]]["tokens"] for run in runs}
+    longer = [f"warning: {run} answers in {times:.1f} times as many tokens as its start; judges may like length"
+              for run, times in growth.items() if times > 1.5]
     print(terminal_table(rows, columns, starts), "↑ ↓: more than two standard errors away from the start", *about,
           *longer, *map(router_table, routers.values()), f"written to {out}.md and {out}.json", sep="\n")
     better = {key: COLUMNS[key][1] for key in shown if COLUMNS[key][1]}
@@ -733,7 +734,7 @@ def stop_signals():
 
 
 def as_command(main, name, interrupted):
-    """Run a program's main; one line ends it after a mistake of the user (exit status 1), Ctrl-C (130) or SIGTERM (0)."""
+    """Run a program's main; one line ends it after a user's mistake (exit status 1), Ctrl-C (130) or SIGTERM (0)."""
     def stop(number, frame):
         raise KeyboardInterrupt(number)
     signal.signal(signal.SIGTERM, stop)

@@ -414,8 +414,8 @@ def pooled_states(model, encoded, batch_size=64):
 def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
     """The expert that answers each rendered prompt, (N,).
 
-    use: "mixture" draws it from the gate's w(x), "sparse" takes the one with the largest w, a number names it; UserError
-    for any other. users: for a user gate, cycle through users with this name prefix; if empty, use the average user.
+    use: "mixture" draws it from the gate's w(x), "sparse" takes the one with the largest w, a number names it;
+    UserError for any other. users: for a user gate, cycle through those with this name prefix; if empty, the average.
     """
     K = len(model.gate.bias)
     if use not in ("mixture", "sparse", *map(str, range(K))):
@@ -762,7 +762,7 @@ def open_run(out, settings, free, resume, lock):
         leftover.unlink()  # of `atomic_file`, by a process that was killed
     others = {path for path in out.glob("[!.]*") if path.is_file()} - {*run_files(out)}
     if others and not (out / "config.json").is_file():
-        raise UserError(f"--out {out}: has files that are no run's, such as {min(others).name}; name a folder of its own")
+        raise UserError(f"--out {out}: has files of something else, such as {min(others).name}; name another folder")
     for folder in (out / ".new", out) if resume else ():
         before = read_settings(folder)
         if before.get("finished") or (folder / "checkpoint").is_dir():

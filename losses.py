@@ -586,8 +586,8 @@ def alarms(rows):
     found = {}
     chosen, rejected, accuracy = map(last, ("rewards/chosen", "rewards/rejected", "rewards/accuracies"))
     if all(max(values) < -1 and values[-1] < values[0] for values in (chosen, rejected)):
-        found["falling"] = (f"the chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower "
-                            "--lr, a higher --beta, fewer --epochs, or --method sft on them first")
+        found["falling"] = (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower --lr, "
+                            "a higher --beta, fewer --epochs, or --method sft on them first")
     if len(rows) >= 2 * LONG and abs(sum(accuracy) / LONG - 0.5) < 0.05:
         found["stuck"] = ("the accuracy stays at 0.5: try a higher --lr; see in tokens.txt what the model reads, and "
                           "whether the labels contradict each other")

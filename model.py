@@ -769,8 +769,8 @@ def read_config(folder):
     """ModelConfig of a checkpoint folder, with all the eos ids that generation_config.json names."""
     hf = read_json(folder / "config.json", CONFIG_KEYS)
     if "method" in hf:
-        raise UserError(f"{folder}: a run folder, not a model; its model, if it trained one, is {folder}/model, an adapter "
-                        f"is for --init_adapter {folder}/adapter")
+        raise UserError(f"{folder}: a run folder, not a model; did you mean {folder}/model, or --init_adapter "
+                        f"{folder}/adapter?")
     config = ModelConfig.from_hf(hf, folder / "config.json")
     if (folder / "generation_config.json").is_file():
         stated = read_json(folder / "generation_config.json", CONFIG_KEYS).get("eos_token_id")

@@ -541,8 +541,9 @@ def toy_base(seed, device):
         if not toy.is_base(folder, seed, TOY_BASE):
             print(f"making the toy base model, once: {folder}", flush=True)
             with atomic_folder(folder) as made:
+                config = resolve({**TOY_BASE, "seed": seed, "device": device})
                 model, demonstrations = toy.make_base(made, seed)
-                train(model.to(device), demonstrations, None, resolve({**TOY_BASE, "seed": seed, "device": device}), made)
+                train(model.to(device), demonstrations, None, config, made)
                 toy.save_base(model, made, seed, TOY_BASE)
     return folder
 
@@ -792,8 +793,8 @@ class RunLog:
             if not finite:
                 bar.write(f"step skipped, its loss or gradient is not finite: pairs {', '.join(map(str, pairs))}")
             if self.skipped == SKIPPED_IN_A_ROW:
-                raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, the last one at about "
-                                f"step {row['step']}: try a lower --lr, or look at these pairs; the weights are those "
+                raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, up to about step "
+                                f"{row['step']}: try a lower --lr, or look at these pairs; a checkpoint has the weights "
                                 "before them")
         if not self.first:
             return
@@ -897,7 +898,7 @@ def run_locked(config, processes, lock):
 
 
 def finish(model, tokenizer, encoded, held_out, config, base, work):
-    """What is left after training: weights, the method's report, on toy the oracle's table; then the run is finished."""
+    """After training: write the weights, the method's report and, on toy, the oracle's table; the run is finished."""
     method, out = METHODS[config.method], Path(config.out)
     save_trained(model, work, config.template, tokenizer.chat_template if config.template in TEMPLATES else None)
     if method.report:

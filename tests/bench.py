@@ -146,7 +146,8 @@ def bench_refusals(files):
     for name in files:
         with open(name, encoding="utf-8", newline="") as file:
             rows = [*csv.DictReader(file)]
-        shares.append(np.mean([refuses(row["completion"]) == (row["final_label"] != "1_full_compliance") for row in rows]))
+        shares.append(np.mean([refuses(row["completion"]) == (row["final_label"] != "1_full_compliance")
+                               for row in rows]))
         print(f"{Path(name).stem}: {shares[-1]:.4f} of {len(rows)} answers")
     print(f"mean {np.mean(shares):.4f}")
 

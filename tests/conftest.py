@@ -246,7 +246,8 @@ def make_small(patch):
 
 def shorten_answers(patch, tokens):
     """Answers have this many tokens at most."""
-    patch.setattr(eval_file, "stream", lambda model, prompts, count, *rest: stream(model, prompts, min(count, tokens), *rest))
+    patch.setattr(eval_file, "stream", lambda model, prompts, count, *rest:
+                  stream(model, prompts, min(count, tokens), *rest))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""train.py in the small toy world of conftest.py, as a program of its own: for tests that start several, or end them."""
+"""train.py in the small toy world of conftest.py, as a program: for tests that start several, or end them."""
 import sys
 
 import pytest

@@ -167,7 +167,7 @@ def test_a_prompt_takes_the_row_of_one_that_has_ended(rows):
     hook.remove()
     assert answers == dict(enumerate(alone))
     assert max(map(len, asked)) == max(size[0] for size in sizes) <= rows
-    assert sum(size[0] for size in sizes if size[1] == 1) <= sum(map(len, alone)), "a row that ended takes part in one pass"
+    assert sum(size[0] for size in sizes if size[1] == 1) <= sum(map(len, alone)), "a row that ended has one pass"
 
 
 def test_prompts_are_taken_from_the_longest_to_the_shortest():

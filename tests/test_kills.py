@@ -42,7 +42,8 @@ def in_a_child(*flags, before=lambda: None):
         sys.stdout = open(os.devnull, "w")
         sys.stderr = open("errors.txt", "w")
         before()
-        as_command(lambda: train.main([*map(str, flags), "--out", "out/run", "--device", "cpu"]), "train.py", "interrupted")
+        flags = [*map(str, flags), "--out", "out/run", "--device", "cpu"]
+        as_command(lambda: train.main(flags), "train.py", "interrupted")
         status = 0
     except SystemExit as end:
         if isinstance(end.code, str):
@@ -59,8 +60,8 @@ def ended(number):
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_at_random_moments_a_run_ends_with_the_same_bytes(quick, method):
     """Also during a save (there is one after every step), an evaluation, and between the stages of midpo."""
-    flags = ("--method", method, *METHODS[method], "--max_steps", 5, "--batch_size", 4, "--save_every", 1, "--log_every", 2,
-             "--eval_every", 2)
+    flags = ("--method", method, *METHODS[method], "--max_steps", 5, "--batch_size", 4, "--save_every", 1,
+             "--log_every", 2, "--eval_every", 2)
     started = time.monotonic()
     whole = run("whole", *flags)
     seconds, draws = time.monotonic() - started, np.random.default_rng(sum(map(ord, method)))
@@ -174,7 +175,8 @@ def metrics(count=LONG, **values):
     ("stuck", {"rewards/accuracies": lambda i: 0.5 + 0.1 * (-1) ** i}, {"rewards/accuracies": 0.6}),
     ("router/safety", {"router/safety": 0.01}, {"router/safety": 0.03}),
     ("empty", {"router/empty": 0.96}, {"router/empty": 0.9}),
-    ("mixture", {"responsibility/0": 0.01, "responsibility/1": 0.99}, {"responsibility/0": 0.1, "responsibility/1": 0.9}),
+    ("mixture", {"responsibility/0": 0.01, "responsibility/1": 0.99},
+     {"responsibility/0": 0.1, "responsibility/1": 0.9}),
 ))
 def test_alarms_ring_after_ten_rows_and_say_what_to_try(name, values, fine):
     count = 2 * LONG if name == "stuck" else LONG

@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error
+from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error, timeless
 from losses import Processes
 from test_steps import METHODS, check_equal, inputs_of, step_of
 
@@ -41,7 +40,7 @@ def train(out, *flags, count=2):
 
 def values(out):
     """The rows of metrics.jsonl without times."""
-    return [{key: value for key, value in row.items() if key != "tokens/s"} for row in json_lines(Path(out) / "metrics.jsonl")]
+    return timeless(Path(out))
 
 
 def check_close(out, other):
@@ -107,10 +106,12 @@ def test_where_one_process_dies_the_run_ends_with_a_line_that_says_so(place):
 
 def test_two_processes_share_the_answers_to_prompts_and_give_those_of_one(place):
     train("out/one", "--max_steps", 3, count=1)
-    Path("asked.txt").write_text("".join(f"How do I bake {what}?\n" for what in ("bread", "a cake", "a pie", "rolls", "it")))
+    things = ("bread", "a cake", "a pie", "rolls", "it")
+    Path("asked.txt").write_text("".join(f"How do I bake {thing}?\n" for thing in things))
     tables = []
     for count in (2, 1):
-        torchrun(ROOT / "eval.py", "out/one", "--prompts", "asked.txt", "--max_new_tokens", 6, "--device", "cpu", count=count)
+        torchrun(ROOT / "eval.py", "out/one", "--prompts", "asked.txt", "--max_new_tokens", 6, "--device", "cpu",
+                 count=count)
         tables.append(json.loads(Path("out/eval-asked.json").read_text())["rows"])
         kept = sorted(Path("out/one").glob("answers-*.jsonl"))
         assert [len(json_lines(path)) for path in kept] == ([2, 3] if count == 2 else [5])

@@ -47,7 +47,8 @@ def inputs_of(method):
         model = train.add_experts(train.Transformer.from_pretrained(train.toy_base(0, "cpu")), ["down_proj"], 4, 8)
         train.save_trained(perturb_experts(model, 0.1, 1), Path())
     if method == "spe-dpo":
-        train.ScoreModel.from_policy(train.Transformer.from_pretrained(train.toy_base(0, "cpu"))).save_pretrained("score")
+        model = train.Transformer.from_pretrained(train.toy_base(0, "cpu"))
+        train.ScoreModel.from_policy(model).save_pretrained("score")
 
 
 @pytest.mark.parametrize("method", METHODS)
