@@ -178,7 +178,7 @@ def by_count(lines, key):
     for name, line in lines.items():
         count, _, what = name.partition(": ")
         rows.setdefault(what, {}).update({count: line.get(key, math.nan), f"{count}_se": line.get(f"{key}_se")})
-    columns = {str(count): str(count) for count in RATES}
+    columns = {str(count): str(count) for count in RATES if any(str(count) in row for row in rows.values())}
     return markdown_table({what: filled(row, columns) for what, row in rows.items()}, columns)
 
 

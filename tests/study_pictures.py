@@ -124,21 +124,23 @@ def conflict(lines, runs, folder):
 
 def pmol(lines, runs, folder):
     """Mixing score by the number of preferences; router weights by preference with and without the soft loss."""
-    figure, (left, *rest) = panels(3)
-    rows = {name: row for name, row in lines.items()}
-    for i, what in enumerate(dict.fromkeys(name.partition(": ")[2] for name in rows if "PMoL, " not in name)):
-        found = {int(name.partition(":")[0]): row for name, row in rows.items() if name.partition(": ")[2] == what}
-        draw(left, [*found], [*found.values()], "mixing", what, i)
-    left.set(xlabel="preferences", ylabel="mixing score")
-    left.legend(fontsize=7)
-    count = max(int(name.partition(":")[0]) for name in rows)
+    counts = {int(name.partition(":")[0]) for name in lines}
+    figure, axes = panels(2 + (len(counts) > 1))
+    *first, with_loss, without = axes
+    for left in first:
+        for i, what in enumerate(dict.fromkeys(name.partition(": ")[2] for name in lines if "PMoL, " not in name)):
+            found = {int(name.partition(":")[0]): row for name, row in lines.items() if name.partition(": ")[2] == what}
+            draw(left, [*found], [*found.values()], "mixing", what, i)
+        left.set(xlabel="preferences", ylabel="mixing score")
+        left.legend(fontsize=7)
+    count, rest = max(counts), (with_loss, without)
     for axes, name in zip(rest, (f"{count}: PMoL", f"{count}: PMoL, no soft loss")):
         if not seeds_of(runs, name):
             continue
         report = [*read_json(next(seeds_of(runs, name)[0].glob("eval*.json")))["router"].values()][-1]
         kinds = [kind for kind in report if kind != "entropy"]
         image = axes.imshow([report[kind]["median"] for kind in kinds], cmap="cividis", vmin=0, vmax=0.5)
-        axes.set(title=name.partition(": ")[2], xlabel="expert (last: empty)", yticks=range(len(kinds)))
+        axes.set(title=f"{name.partition(': ')[2]}, last layer", xlabel="expert (last: empty)", yticks=range(len(kinds)))
         axes.set_yticklabels(kinds if axes is rest[0] else [], fontsize=7)
         figure.colorbar(image, ax=axes, shrink=0.7, label="median weight")
     save(figure, folder, "pmol")
