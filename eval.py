@@ -492,6 +492,21 @@ def judge_metrics(verdicts, answers, baseline):
     return metrics
 
 
+def judge_answers(prompts, answers, baseline, args, out):
+    """({row: metrics} by the judge behind --judge, what it was asked for). With --judge_dry_run the requests are written
+    to a file and none is asked."""
+    requests = judge_requests(prompts, answers, baseline)
+    if args.judge_dry_run:
+        texts = [text for text, _ in requests.values()]
+        write_text(Path(f"{out}-requests.jsonl"), "".join(json.dumps({"request": text}) + "\n" for text in texts))
+        asked = f"{len(texts)} requests, about {sum(map(len, texts)) // 4} tokens in all, in {out}-requests.jsonl"
+        return {name: {} for name in answers}, f"{args.judge_model} was not asked: {asked}"
+    judge = Judge(args.judge, args.judge_model)
+    verdicts = dict(zip(requests, judge.ask_all([*requests.values()])))
+    counts = ", ".join(f"{count} {what}" for what, count in judge.counts.items())
+    return judge_metrics(verdicts, answers, baseline), f"{args.judge_model}, asked for {counts}"
+
+
 # Any prompts, any judges, one table
 
 # key of a metric: (heading, 1 or -1: more or less of it is better, 0: neither); "/" breaks a heading in a terminal
@@ -569,20 +584,11 @@ def evaluate_answers(runs, args):
             judges[kind] = f"{folder} ({files_hash(find_folder(folder))[:12]})"
     trouble = None
     if args.judge:
-        requests = judge_requests(prompts, answers, baseline)
-        if args.judge_dry_run:
-            texts = [text for text, _ in requests.values()]
-            write_text(Path(f"{out}-requests.jsonl"), "".join(json.dumps({"request": text}) + "\n" for text in texts))
-            print(f"{len(texts)} requests of about {sum(map(len, texts)) // 4} tokens in {out}-requests.jsonl")
-        else:
-            judge = Judge(args.judge, args.judge_model)
-            try:
-                verdicts = dict(zip(requests, judge.ask_all([*requests.values()])))
-                judged.append(judge_metrics(verdicts, answers, baseline))
-            except UserError as error:  # raised below, when the other judges' table is written
-                trouble = error
-            counts = ", ".join(f"{count} {what}" for what, count in judge.counts.items())
-            judges["judge"] = f"{args.judge_model}, asked for {counts}"
+        try:
+            more, judges["judge"] = judge_answers(prompts, answers, baseline, args, out)
+            judged.append(more)
+        except UserError as error:  # raised below, when the other judges' table is written
+            trouble = error
     metrics = {name: reduce(dict.__or__, (more[name] for more in judged), metrics[name]) for name in metrics}
     shown = [key for key in COLUMNS if any(math.isfinite(row.get(key, math.nan)) for row in metrics.values())]
     rows = {name: {key: metrics[name].get(key, math.nan) for column in shown for key in (column, f"{column}_se")}

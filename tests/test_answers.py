@@ -243,7 +243,7 @@ def test_score_models_and_wins_are_those_of_single_answers(policy):
 def test_a_judge_over_http_fills_its_columns_and_a_dry_run_asks_nothing(policy, monkeypatch, capsys):
     evaluate(policy, "--judge", "http://127.0.0.1:9/v1", "--judge_model", "gpt", "--judge_dry_run")
     requests = json_lines("out/eval-asked-requests.jsonl")
-    assert len(requests) == len(ASKED) * (2 + 4) and f"{len(requests)} requests of about" in capsys.readouterr().out
+    assert len(requests) == len(ASKED) * (2 + 4) and f"{len(requests)} requests, about" in capsys.readouterr().out
     monkeypatch.setattr(eval_file.Judge, "ask_all", lambda self, requests: [
         {"better": "A"} if keys == ("better",) else {"refusal": "none", "harm": 3, "helpfulness": 7}
         for _, keys in requests])
