@@ -75,10 +75,10 @@ def test_a_run_of_two_processes_is_that_of_one_and_goes_on_with_another_number(p
 
 
 def begin(out, *flags):
-    """A run of two processes that has done its second step."""
+    """A run of two processes that has done its fourth step."""
     process = start(SMALL, *FLAGS, "--out", out, "--batch_size", 4, *flags)
     metrics, deadline = Path(out) / "metrics.jsonl", time.monotonic() + 60
-    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 1):
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.read_bytes().count(b"\n") > 3):
         time.sleep(0.005)
     return process
 
