@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from losses import ALONE, batches, encode, gate_report, longest, response_logps, sequence_logps, whole_rows
 from model import (BROKEN, ScoreModel, Transformer, UserError, atomic_file, atomic_folder, check_keys, first_line,
-                   read_json, read_tensors, stored_name, write_text)
+                   read_json, read_tensors, recover_folder, stored_name, write_text)
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
@@ -760,6 +760,9 @@ def open_run(out, settings, free, resume, lock):
     finish_move(out)
     for leftover in (*out.glob("*.[0-9]*.partial"), *out.glob(".new/*.[0-9]*.partial")):
         leftover.unlink()  # of `atomic_file`, by a process that was killed
+    for name in ("checkpoint", *WEIGHT_FOLDERS):
+        recover_folder(out / name)
+        recover_folder(out / ".new" / name)
     others = {path for path in out.glob("[!.]*") if path.is_file()} - {*run_files(out)}
     if others and not (out / "config.json").is_file():
         raise UserError(f"--out {out}: has files of something else, such as {min(others).name}; name another folder")

@@ -906,15 +906,22 @@ def load_weights(model, folder, dtype, device):
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
+def recover_folder(folder):
+    """After a writer of `atomic_folder` was killed: put the folder back if it was between its two renames, and remove
+    what else it left. Returns the paths for the next one: of what is being written, and of what it replaces."""
+    temporary, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return temporary, old
+
+
 @contextmanager
 def atomic_folder(folder):
     """Write a folder atomically: yields a temporary one, which is renamed to `folder` at the end."""
     folder = Path(folder)
-    temporary, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # an earlier writer was killed between its two renames
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary, old = recover_folder(folder)
     temporary.mkdir(parents=True)
     try:
         yield temporary

@@ -19,7 +19,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 import train
-from conftest import files_of, json_lines, line_of, mistake, rows, run, timeless
+from conftest import files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
 from eval import as_command
 from losses import LONG, alarms
 
@@ -102,6 +102,22 @@ def test_a_full_disk_ends_a_run_in_one_line_and_leaves_the_checkpoint_before_it(
     assert "Traceback" not in errors and "checkpoint" in errors.splitlines()[-1]
     assert torch.load("out/run/checkpoint/state.pt", weights_only=True)["step"] == 3
     assert files_of(run("run", *flags, "--resume")) == files_of(run("whole", *flags))
+
+
+def test_killed_between_the_two_renames_of_a_save_the_checkpoint_before_it_counts(quick):
+    flags = ("--method", "safedpo", "--max_steps", 6, "--log_every", 1)
+    whole = run("whole", *flags)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 2, signal.SIGTERM)
+        run("run", *flags)
+    out = Path("out/run")
+    (out / "checkpoint").rename(out / "checkpoint.old")
+    shutil.copytree(out / "checkpoint.old", out / "checkpoint.partial")
+    steps, train_step = [], train.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", lambda *settings: (steps.append(1), train_step(*settings))[1])
+        run("run", *flags, "--resume")
+    assert len(steps) < 6 and files_of(out) == files_of(whole) and timeless(out) == timeless(whole)
 
 
 # Losses that are not finite
