@@ -752,6 +752,9 @@ def as_command(main, name, interrupted):
     except KeyboardInterrupt as stopped:
         print(f"{name}: {interrupted}", file=sys.stderr)
         sys.exit(0 if stopped.args == (signal.SIGTERM,) else 130)
+    finally:
+        if torch.distributed.is_initialized():  # its threads would abort the process at its end, now and then
+            torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)

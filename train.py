@@ -534,7 +534,7 @@ TOY_BASE = dict(method="sft", lora_rank=0, lr=4e-3, weight_decay=0.05, batch_siz
 
 
 def toy_base(seed, device):
-    """The folder of the toy base model, which is made on first use (a minute and a half on one CPU core) and kept."""
+    """The folder of the toy base model, which is made on first use (about two minutes on one CPU core) and kept."""
     folder = Path("out") / f"toy-base-seed{seed}"
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):  # a second command waits for the first, and finds what it made
