@@ -409,7 +409,7 @@ class Judge:
         self.client = InferenceClient(base_url=url, api_key=key, timeout=self.SECONDS)
         self.path = LOGPS_CACHE / f"judge-{content_hash([], url, model)[:12]}.jsonl"
         whole_lines(self.path)
-        self.known = {row["request"]: row["verdict"] for row in map(json.loads, self.path.read_text().splitlines())}
+        self.known = {row["request"]: row["verdict"] for row in whole_rows(self.path)}
 
     def ask(self, text, keys):
         """The verdict on a request, "unread" or "failed". 429, 5xx and lost connections are tried again, after longer

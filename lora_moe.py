@@ -843,10 +843,10 @@ def open_metrics(path, first):
     return open(path, "a", encoding="utf-8"), rows
 
 
-def save_checkpoint(out, step, parameters, optimizer, logged=0, sums=()):
-    """Write checkpoint/. logged: step of the last row of metrics.jsonl; sums: what each process has summed since."""
+def save_checkpoint(out, step, parameters, optimizer, sums=()):
+    """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl."""
     with atomic_folder(out / "checkpoint") as temporary:
-        state = {"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(), "logged": logged,
+        state = {"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(),
                  "sums": list(sums)}
         try:
             torch.save(state, temporary / "state.pt")
@@ -857,13 +857,13 @@ def save_checkpoint(out, step, parameters, optimizer, logged=0, sums=()):
 
 @torch.no_grad()
 def load_checkpoint(out, parameters, optimizer):
-    """Restore what `save_checkpoint` wrote, if anything: (steps done, logged, sums). UserError if it does not fit."""
+    """Restore what `save_checkpoint` wrote, if anything: (steps done, sums). UserError if it does not fit."""
     path = out / "checkpoint" / "state.pt"
     if not path.is_file():
-        return 0, 0, []
+        return 0, []
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        stored, done = state["parameters"], (state["step"], state["logged"], state["sums"])
+        stored, done = state["parameters"], (state["step"], state["sums"])
         for name, parameter in parameters:
             if name not in stored or stored[name].shape != parameter.shape:
                 raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")

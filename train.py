@@ -695,15 +695,16 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
     optimizer.zero_grad(set_to_none=True)
     accumulate(sums, {name: torch.where(finite, value, 0) for name, value in now.items()})
     if processes.rank == 0:  # these are the same in all processes
-        accumulate(sums, {"grad_norm": torch.where(finite, norm, 0), "finite": finite.float()})
+        accumulate(sums, {"grad_norm": torch.where(finite, norm, 0), "finite": finite.float(),
+                          "skipped": 1 - finite.float()})
     return finite
 
 
-def means(totals, steps):
-    """Sums over that many steps -> their means over those that were finite, and how many were skipped."""
-    finite = totals.pop("finite")
+def means(totals):
+    """Sums over steps -> their means over those that were finite, and how many were skipped."""
+    finite, skipped = totals.pop("finite"), totals.pop("skipped")
     return {**({name: total / finite for name, total in totals.items()} if finite else {}),
-            **({"skipped": round(steps - finite)} if finite < steps else {})}
+            **({"skipped": round(skipped)} if skipped else {})}
 
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most the last ten minutes
@@ -732,9 +733,9 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     passes = config.grad_accum * processes.count
     per_step = config.batch_size * passes
     steps = steps_of(len(order), per_step, config)
-    first, logged, sums = load_checkpoint(out, parameters, optimizer)
+    first, sums = load_checkpoint(out, parameters, optimizer)
     sums = dict(sums[processes.rank] if len(sums) == processes.count else {} if processes.rank else add_up(sums))
-    log = RunLog(out, logged, config, processes)
+    log = RunLog(out, first, config, processes)
     bar = tqdm(range(first, steps), desc=config.method, unit="step", initial=first, total=steps,
                disable=processes.rank > 0)
     model.train()
@@ -751,18 +752,18 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
             tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps
             due = held_out is not None and (last or bool(config.eval_every) and done % config.eval_every == 0)
             if done % config.log_every == 0 or last or due:
-                row = {"step": done, **means(processes.total(sums), done - logged), "lr": lr,
+                row = {"step": done, **means(processes.total(sums)), "lr": lr,
                        "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
                     row.update(measure(model, held_out, config, processes))
                 log.write(row, steps_since, bar)
-                sums, steps_since, tokens, since, logged = {}, [], 0, time.perf_counter(), done
+                sums, steps_since, tokens, since = {}, [], 0, time.perf_counter()
             late = time.monotonic() - saved > CHECKPOINT_SECONDS and processes.rank == 0
             wanted = processes.total({"stop": bool(came), "save": late})
             if any(wanted.values()) or (config.save_every and done % config.save_every == 0):
                 parts = processes.gather(sums)
                 if processes.rank == 0:
-                    save_checkpoint(out, done, parameters, optimizer, logged, parts)
+                    save_checkpoint(out, done, parameters, optimizer, parts)
                 saved = time.monotonic()
             if wanted["stop"]:
                 raise KeyboardInterrupt(*came)
@@ -771,12 +772,12 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
 
 class RunLog:
     """metrics.jsonl, of the first process, with what is said about it: in the bar, to Weights & Biases, and once for
-    each of `alarms`. logged: step of the last row, in a run that goes on."""
+    each of `alarms`. done: the steps of a run that goes on."""
 
-    def __init__(self, out, logged, config, processes):
+    def __init__(self, out, done, config, processes):
         self.first, self.warned, self.skipped, self.wandb = processes.rank == 0, set(), 0, None
         if self.first:
-            self.file, self.rows = open_metrics(out / "metrics.jsonl", logged)
+            self.file, self.rows = open_metrics(out / "metrics.jsonl", done)
             self.wandb = start_wandb(config)
 
     def __enter__(self):
