@@ -653,6 +653,14 @@ def weighted_names(text):
     return tuple((name, share) for (name, _, _), share in zip(parts, shares))
 
 
+def as_typed(value):
+    """A flag's value in the words of a command line: the inverse of the readers above."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return ",".join(f"{part[0]}{'' if part[1] is None else f'={part[1]:g}'}" if isinstance(part, tuple) else str(part)
+                    for part in value)
+
+
 def gate_weights(text):
     """The name of a learned gate, or the fixed weights of one: "0.3,0.7"."""
     try:
@@ -702,7 +710,7 @@ class Parser(argparse.ArgumentParser):
             choices, value = filter(None, flag.metadata["choices"]), values.get(flag.name)
             help = ": ".join(filter(None, (flag.metadata["help"], ", ".join(choices))))
             if not (value is None or value is False or value in ("", ())):
-                help += f" (default: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
+                help += f" (default: {as_typed(value)})"
             help = argparse.SUPPRESS if flag.name in hidden else help.replace("%", "%%")
             if flag.type is bool:
                 group.add_argument(f"--{flag.name}", action="store_true", help=help)

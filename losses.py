@@ -762,8 +762,11 @@ def aligned(cells):
 
 
 def router_table(report):
-    """The medians of `router_report` for a terminal: the weight of each slot by layer and kind of prompt."""
-    cells = [["router weights", *next(iter(report.values()))]]
+    """The medians of `router_report` for a terminal: the weight of each expert by layer and kind of prompt."""
+    kinds = next(iter(report.values()))
+    cells = [["router weights", *kinds],
+             ["of expert", *("" if kind == "entropy" else " ".join(f"{k:<5}" for k in range(len(at["median"])))
+                             for kind, at in kinds.items())]]
     for layer, kinds in report.items():
         cells.append([layer, *(" ".join(f"{weight:.3f}" for weight in ([at] if kind == "entropy" else at["median"]))
                                for kind, at in kinds.items())])

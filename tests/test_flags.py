@@ -302,3 +302,9 @@ def test_help_of_a_method_shows_its_values_and_hides_flags_that_it_does_not_read
 
 def test_help_shows_the_values_that_were_given(help_of):
     assert "(default: 3.5)" in help_of("--method", "safedpo", "--delta", "3.5")["method"]["delta"]
+
+
+def test_help_shows_lists_as_they_are_typed(help_of):
+    assert "(default: warmth,curtness)" in help_of("--method", "moe-dpo")["data"]["groups"]
+    weighted = help_of("--method", "pmol", "--groups", "empathy=2,brevity=0.5")
+    assert "(default: empathy=2,brevity=0.5)" in weighted["data"]["groups"]

@@ -16,7 +16,7 @@ from data import pack
 from lora_moe import (ConstantRouter, ExpertLinear, SigmoidRouter, SoftmaxRouter, add_experts, disable_experts,
                       expert_layers, is_routed, load_experts, merge_experts, router_weights, save_experts,
                       set_routers)
-from losses import expert_group_soft_loss, group_targets, router_l1
+from losses import expert_group_soft_loss, group_targets, router_l1, router_table
 from model import Transformer, read_json
 
 # One layer
@@ -486,3 +486,10 @@ def test_a_damaged_mixture_is_answered_with_one_line_that_names_the_file(damage,
     damage(folder)
     message = line_of(load_experts, load_fixture("llama"), folder)
     assert str(folder / file) in message and says in message, message
+
+
+def test_the_routers_table_numbers_the_experts():
+    layer = {"harmful": {"median": [0.25, 1.0]}, "safe": {"median": [0.0, 0.5]}, "entropy": 0.125}
+    assert router_table({"layers.0": layer}).split("\n") == ["router weights     harmful        safe entropy",
+                                                             "of expert      0     1     0     1",
+                                                             "layers.0       0.250 1.000 0.000 0.500   0.125"]
