@@ -22,7 +22,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import wraps
+from functools import partial, wraps
 from os.path import commonprefix
 from pathlib import Path
 
@@ -276,14 +276,21 @@ def first_fit(lengths, capacity):
     return places, len(free)
 
 
+def row_length(lengths):
+    """Tokens per row for these items: those of the longest, or up to a quarter more where rows then hold less padding.
+    Attention's share of a token's cost, which grows with the row, is about T / (T + 1000)."""
+    longest = max(lengths)
+    return min(range(longest, longest * 5 // 4 + 1), key=lambda T: first_fit(lengths, T)[1] * T * (T + 1000))
+
+
 def pack(encoded, indices, step=None):
-    """The Batch of the prompts with these indices. Rows are as long as the longest prompt with its responses.
+    """The Batch of the prompts with these indices.
 
     step: `encoded.counts` of the optimiser step, or the set, that this batch is a part of (default: it is all).
     """
-    lengths = encoded.bounds[indices, -1] - encoded.bounds[indices, 0]
-    T = int(lengths.max())
-    places, B = first_fit(lengths.tolist(), T)
+    lengths = encoded.lengths()[indices].tolist()
+    T = row_length(lengths)
+    places, B = first_fit(lengths, T)
     R = encoded.bounds.shape[1] - 2
     tokens, positions, part = (np.zeros((B, T), dtype=np.int64) for _ in range(3))
     pair = np.full((B, T), -1, dtype=np.int64)
@@ -373,6 +380,25 @@ def split_step(indices, parts, annotator=None):
 CHUNK_BYTES = 64 << 20  # float32 logits held at a time; beyond this, larger chunks are not faster
 
 
+class FrozenHeadLogps(torch.autograd.Function):
+    """log π of each target under a frozen head, with its gradient in the state computed beside it: (rows, D), all that
+    the backward pass needs, so logits are neither kept nor computed twice."""
+
+    @staticmethod
+    def forward(ctx, head, states, target):
+        with torch.enable_grad():
+            logits = head(states := states.detach().requires_grad_())
+        logps = logits.detach().float().log_softmax(-1)                                  # (rows, V)
+        chosen = logps.gather(1, target[:, None])
+        slope = logps.exp_().scatter_add_(1, target[:, None], -torch.ones_like(chosen))  # of −log π in the logits
+        ctx.save_for_backward(*torch.autograd.grad(logits, states, slope.to(logits.dtype)))
+        return chosen.squeeze(1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient[:, None] * -ctx.saved_tensors[0], None
+
+
 def sequence_logps(model, hidden, batch, head=None):
     """log π(y|x) of every response in a packed batch: (N, responses per prompt), float32, in nats.
 
@@ -385,8 +411,11 @@ def sequence_logps(model, hidden, batch, head=None):
 
     states = hidden.flatten(0, 1).index_select(0, batch.predictor)                       # (M, D)
     rows = max(1, CHUNK_BYTES // (4 * model.config.vocab_size))
-    pieces = [checkpoint(token_logps, chunk, target, use_reentrant=False)
-              for chunk, target in zip(states.split(rows), batch.target.split(rows))]
+    if states.requires_grad and not any(p.requires_grad for p in model.lm_head.parameters()):
+        compute = partial(FrozenHeadLogps.apply, partial(model.logits, head=head))
+    else:
+        compute = partial(checkpoint, token_logps, use_reentrant=False)
+    pieces = [compute(chunk, target) for chunk, target in zip(states.split(rows), batch.target.split(rows))]
     sums = torch.zeros(batch.shape, dtype=torch.float32, device=hidden.device)
     if not pieces:
         return sums

@@ -12,15 +12,16 @@ SINGLES = [(3, 5), (1, 4), (7, 0), (1, 1), (9, 12)]
 WEIGHTS = torch.linspace(-1, 2, 2 * len(PAIRS))  # a different pull on every response
 
 
-def packed_and_separate(shape, items):
-    """((logps, gradients) packed in float32, the same from separate sequences in float64)."""
+def packed_and_separate(shape, items, frozen_head=False):
+    """((logps, gradients) packed in float32, the same from separate sequences in float64, by autograd alone)."""
     encoded, indices = encoded_of(items), list(range(len(items)))[::-1]
     results = []
     for dtype, compute in ((torch.float32, packed_logps), (torch.float64, brute_force)):
         model = tiny(shape).to(dtype)
+        model.lm_head.requires_grad_(not frozen_head)
         logps = compute(model, encoded, indices)
         (logps.flatten() * WEIGHTS[:logps.numel()].to(dtype)).sum().backward()
-        results.append((logps.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        results.append((logps.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
     return results
 
 
@@ -40,6 +41,13 @@ def assert_same(got, want, tolerance=1e-5):
 @pytest.mark.parametrize("items", (PAIRS, SINGLES), ids=("pairs", "one response each"))
 def test_packed_logps_and_gradients_equal_separate_sequences(shape, items):
     assert_same(*packed_and_separate(shape, items))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_frozen_head_changes_no_logp_and_no_gradient_below_it(monkeypatch, shape):
+    """gemma2's logits have a soft-cap, through which the gradient goes as well."""
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
+    assert_same(*packed_and_separate(shape, PAIRS, frozen_head=True))
 
 
 @pytest.mark.parametrize("rows", (1, 3))
@@ -77,10 +85,12 @@ def test_one_pair_given_twice_counts_twice():
     assert torch.allclose(logps[0].double(), expected, rtol=1e-5)
 
 
-def test_no_vocabulary_sized_tensor_outlives_its_chunk(monkeypatch):
+@pytest.mark.parametrize("frozen_head", (False, True))
+def test_no_vocabulary_sized_tensor_outlives_its_chunk(monkeypatch, frozen_head):
     rows = 2
     monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 4 * VOCABULARY)
     model, encoded = tiny("qwen2"), encoded_of(PAIRS)
+    model.lm_head.requires_grad_(not frozen_head)
     batch = pack(encoded, list(range(len(PAIRS))))
     hidden = model(batch.tokens, batch.positions, batch.mask()).detach().requires_grad_()
     weight, logits, saved, computed = model.lm_head.weight, model.logits, [], []
@@ -102,4 +112,5 @@ def test_no_vocabulary_sized_tensor_outlives_its_chunk(monkeypatch):
     assert sum(saved) < M * V
     logps.sum().backward()
     assert max(computed) <= rows, "a chunk is larger than it may be, forward or backward"
+    assert sum(computed) == (M if frozen_head else 2 * M), "a frozen head computes logits once"
     assert hidden.grad.abs().sum() > 0

@@ -8,7 +8,7 @@ import torch
 
 from conftest import encoded_of, pieces
 from data import Pair, encode_pairs, pack
-from losses import encode, first_fit
+from losses import encode, first_fit, row_length
 from toy import make_tokenizer
 
 ITEMS = [(3, 5, 2), (1, 4, 6), (1, 1, 1), (7, 0, 3), (2, 3, 0), (9, 8, 7), (5, 0, 0), (4, 1, 12)]
@@ -47,9 +47,18 @@ def test_each_pair_lies_in_one_row_without_a_gap(packed):
         assert batch.part[rows[0], columns].tolist() == sorted(batch.part[rows[0], columns].tolist())
 
 
-def test_rows_are_as_long_as_the_longest_pair(packed):
+def test_rows_are_as_long_as_the_longest_pair_or_up_to_a_quarter_longer_for_less_padding(packed):
     encoded, indices, batch = packed
-    assert batch.tokens.shape[1] == max(encoded.lengths()[indices])
+    lengths, (B, T) = encoded.lengths()[indices].tolist(), batch.tokens.shape
+    longest = max(lengths)
+    assert longest <= T <= 1.25 * longest
+    assert T == longest or B * T < first_fit(lengths, longest)[1] * longest
+
+
+def test_longer_rows_are_taken_where_fewer_of_them_do():
+    assert row_length([100, 60, 60, 60, 60]) == 120  # 3 × 120 in place of 5 × 100
+    assert row_length([100, 76, 76]) == 100          # 152 would be more than a quarter longer
+    assert row_length([100, 100, 30]) == 100         # nothing to gain
 
 
 def test_positions_of_every_response_restart_at_the_prompts_end(packed):
