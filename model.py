@@ -261,6 +261,23 @@ def as_ids(value):
     return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
+class UnitRMS(torch.autograd.Function):
+    """x / rms(x), computed in float32: autograd's own way reads and keeps several times as much."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        width, x32 = x.shape[-1], x.float()
+        scale = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / width + eps).rsqrt()
+        ctx.save_for_backward(x, scale)
+        return x32 * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, scale = ctx.saved_tensors
+        slope = torch.linalg.vecdot(gradient, x.float())[..., None] * scale.square() / -x.shape[-1]
+        return torch.addcmul(gradient, x.float(), slope).mul_(scale).to(x.dtype), None
+
+
 class RMSNorm(nn.Module):
     def __init__(self, width, eps, offset=0.0):
         super().__init__()
@@ -268,7 +285,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x):
-        normed = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
+        normed = UnitRMS.apply(x, self.eps)
         if self.offset:
             return (normed * (self.offset + self.weight.float())).to(x.dtype)
         return normed.to(x.dtype) * self.weight.to(x.dtype)  # llama rounds before it multiplies, gemma after
@@ -300,9 +317,8 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Apply RoPE to (B, H, T, C); cos and sin are (B, 1, T, C), the two halves of C being equal."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Apply RoPE to (B, H, T, C); cos and sin are (B, 1, T, C), each two equal halves of C, sin's first one negated."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class KVCache:
@@ -378,7 +394,7 @@ class Attention(nn.Module):
         if group > 1 and T == 1:  # one query per head: the heads that share a key become the query rows
             out = self.attend_full(query.view(B, H // group, group, C), key, value, mask, causal)
             return out.view(B, H, 1, C)
-        if group > 1:
+        if group > 1 and (query.is_cuda or self.config.attention_softcap):   # only the CPU's kernels share heads
             key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
         return self.attend_full(query, key, value, mask, causal)
 
@@ -386,7 +402,8 @@ class Attention(nn.Module):
         config = self.config
         scale = config.attention_scale or config.head_dim ** -0.5
         if not config.attention_softcap:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale,
+                                                  enable_gqa=key.shape[1] < query.shape[1])
         scores = query @ key.transpose(2, 3) * scale                         # (B, H, T, S)
         scores = config.attention_softcap * torch.tanh(scores / config.attention_softcap)
         if causal:
@@ -460,7 +477,8 @@ class Trunk(nn.Module):
             x = x + self.embed_positions(positions)
         else:
             angle = positions[:, None, :, None] * rope_frequencies(config).to(x.device)
-            rope = [torch.cat((half, half), dim=-1).to(x.dtype) for half in (angle.cos(), angle.sin())]  # (B, 1, T, C)
+            rope = [torch.cat((sign * half, half), dim=-1).to(x.dtype)        # (B, 1, T, C)
+                    for sign, half in ((1, angle.cos()), (-1, angle.sin()))]
         masks = self.window_masks(positions, mask, cache)
         for block, window in zip(self.layers, config.windows):
             if self.checkpointing and self.training:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import model as model_file
 from conftest import (FAMILY_FIXTURES, FIXTURES, edit_json, edit_tensors, line_of, load_fixture, logits_of,
                       relative_error)
-from model import (FAMILIES, ModelConfig, ScoreModel, Transformer, atomic_file, atomic_folder, find_folder,
+from model import (FAMILIES, ModelConfig, RMSNorm, ScoreModel, Transformer, atomic_file, atomic_folder, find_folder,
                    read_config, read_json, write_text)
 
 
@@ -105,6 +105,38 @@ def test_bfloat16_logits_stay_near_float32():
     model = Transformer.from_pretrained(FIXTURES / "gemma2", dtype=torch.bfloat16)
     assert model.model.norm.weight.dtype == torch.bfloat16
     assert relative_error(logits_of(model, expected["tokens"]).float(), expected["logits"]) < 0.1
+
+
+@pytest.mark.parametrize("offset", (0.0, 1.0))
+def test_rms_norm_and_its_gradients_follow_the_formula(offset):
+    torch.manual_seed(0)
+    norm = RMSNorm(24, 1e-3, offset)
+    x, pull = torch.randn(5, 7, 24), torch.randn(5, 7, 24)
+    with torch.no_grad():
+        norm.weight += torch.randn(24)
+    want, weight = x.double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    expected = want / (want.square().mean(-1, keepdim=True) + 1e-3).sqrt() * (weight + offset)
+    got = norm(x.requires_grad_())
+    (got * pull).sum().backward()
+    (expected * pull.double()).sum().backward()
+    assert relative_error(got.detach(), expected.detach()) < 1e-6
+    assert relative_error(x.grad, want.grad) < 1e-6 and relative_error(norm.weight.grad, weight.grad) < 1e-6
+
+
+def test_heads_that_share_a_key_have_the_outputs_and_gradients_of_copies_of_it():
+    torch.manual_seed(0)
+    attention = load_fixture("llama").model.layers[0].self_attn
+    (B, T, C), group = (2, 6, attention.config.head_dim), 3
+    query, key, value = (torch.randn(B, heads, T, C, requires_grad=True) for heads in (2 * group, 2, 2))
+    mask = torch.ones(B, 1, T, T, dtype=torch.bool).tril()
+    got = attention.attend(query, key, value, mask)
+    keys, values = (x.double().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = (query.double() @ keys.transpose(2, 3) / C ** 0.5).masked_fill(~mask, float("-inf"))
+    expected = scores.softmax(-1) @ values
+    pull = torch.randn_like(got)
+    gradients, wanted = (torch.autograd.grad((out * pull).sum(), (query, key, value)) for out in (got, expected))
+    for one, other in zip((got, *gradients), (expected, *wanted)):
+        assert relative_error(one.detach(), other.detach()) < 1e-5
 
 
 # Score models
