@@ -4,8 +4,10 @@ A method is a row of METHODS: a view of the comparisons × what is trained × a 
 its idea, builder, loss, prerequisite runs and row. Then comes what all methods share: settings, the toy base model,
 reference log-probs, the training loop, and the steps of a run in `run` and `main`.
 """
+import ctypes
 import json
 import math
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -927,9 +929,15 @@ def plan(config):
     return [*before, replace(config, **changes)]
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
+
 def main(argv=None):
     # Responsibilities and router weights run down to 1e-40, and a CPU takes such numbers a hundred times slower than 0
     torch.set_flush_denormal(True)
+    if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
+        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):  # keep freed memory: the next step needs as much again
+            mallopt(parameter, 1 << 30)
     processes = Processes.join()
     *before, last = plan(parse_flags(argv))
     toy.one_thread(last.model)
