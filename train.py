@@ -929,15 +929,17 @@ def plan(config):
     return [*before, replace(config, **changes)]
 
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+def keep_freed_memory():
+    """Keep what a step frees for the next one: glibc would give it back and fault in every page again."""
+    if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(parameter, 1 << 30)
 
 
 def main(argv=None):
     # Responsibilities and router weights run down to 1e-40, and a CPU takes such numbers a hundred times slower than 0
     torch.set_flush_denormal(True)
-    if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
-        for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):  # keep freed memory: the next step needs as much again
-            mallopt(parameter, 1 << 30)
+    keep_freed_memory()
     processes = Processes.join()
     *before, last = plan(parse_flags(argv))
     toy.one_thread(last.model)

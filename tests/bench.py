@@ -3,6 +3,7 @@
     python tests/bench.py generate [--rounds 5]    our generate against transformers' (which it needs), with experts too
     python tests/bench.py experts                  a PMoL training step with 16 experts against one with 4
     python tests/bench.py mixture                  generation through MidPO's mixture against one expert and the base
+    python tests/bench.py train|ablation|growth    what training costs: see bench_train.py
     python tests/bench.py refusals FILE.csv …      the refusal rule against human labels: XSTest's completion files
 
 The median of the rounds' ratios is what counts, as it is the figure that other work on the machine disturbs least.
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bench_train  # noqa: E402
 import losses  # noqa: E402
 import toy  # noqa: E402
 from data import Encoded, pack  # noqa: E402
@@ -153,6 +155,8 @@ def bench_refusals(files):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1] in bench_train.BENCHES:
+        raise SystemExit(bench_train.main(sys.argv[1:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["generate", "experts", "mixture", "refusals"])
     parser.add_argument("files", nargs="*")
