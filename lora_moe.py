@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from losses import ALONE, batches, encode, gate_report, longest, response_logps, sequence_logps, whole_rows
 from model import (BROKEN, ScoreModel, Transformer, UserError, atomic_file, atomic_folder, check_keys, first_line,
-                   read_json, read_tensors, recover_folder, stored_name, write_text)
+                   is_part, part_like, read_json, read_tensors, recover_folder, stored_name, whole, write_text)
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
@@ -222,7 +222,7 @@ class ExpertLinear(nn.Module):
         """W + scale · Σ_k w_k B_k A_k in float32, for a router whose weights do not depend on the input."""
         assert self.is_constant, "only constant weights can be merged"
         weights = self.router.weights.repeat_interleave(self.rank) * self.scale         # (K·R,)
-        return self.base.weight.float() + (self.lora_B * weights) @ self.lora_A
+        return whole(self.base.weight).float() + (self.lora_B * weights) @ self.lora_A
 
 
 def expert_layers(model):
@@ -448,7 +448,7 @@ def weights_hash(model):
     for name, tensor in (*model.state_dict().items(), *chosen.items()):
         if layers or not is_mixture(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -480,7 +480,7 @@ def merge_experts(model):
         if name == "lm_head" and model.config.tied:  # the embedding does not change, so they are tied no longer
             layer.base.weight = nn.Parameter(layer.base.weight.clone())
             model.config = replace(model.config, tied=False, hf={**model.config.hf, "tie_word_embeddings": False})
-        layer.base.weight.copy_(layer.merged_weight())
+        layer.base.weight.copy_(part_like(layer.merged_weight(), layer.base.weight))
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, layer.base)
     return model
@@ -527,7 +527,7 @@ def fuse(layers, names):
     return torch.cat([part.lora_A for part in wrapped.values()]), B
 
 
-def save_adapter(model, folder, template=None, number=0):
+def save_adapter(model, folder, template=None, number=0, write=True):
     """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
     Its metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`.
@@ -561,9 +561,11 @@ def save_adapter(model, folder, template=None, number=0):
         "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
         "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
     }
+    origin = {"base": base_hash(model), "template": template or "chat"}  # one entry: the library shuffles several
+    if not write:
+        return
     with atomic_folder(folder) as temporary:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        origin = {"base": base_hash(model), "template": template or "chat"}  # one entry: the library shuffles several
         save_file(tensors, temporary / "adapter_model.safetensors", {"trained_on": json.dumps(origin)})
 
 
@@ -572,7 +574,7 @@ def base_hash(model):
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         if not is_mixture(name):
-            sample = tensor.detach().flatten()[::tensor.numel() // 4096 + 1].bfloat16().float()
+            sample = whole(tensor).detach().flatten()[::tensor.numel() // 4096 + 1].bfloat16().float()
             digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
             digest.update(sample.cpu().numpy())
     return digest.hexdigest()
@@ -812,16 +814,17 @@ def finish_move(out):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_trained(model, out, template=None, chat_template=None):
+def save_trained(model, out, template=None, chat_template=None, write=True):
     """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts.
 
-    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's.
+    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's. Processes
+    that share the weights all call it; one of them has to write.
     """
     if isinstance(model, ScoreModel) or not count_experts(model):
-        merge_experts(model).save_pretrained(out / "model", chat_template)
+        merge_experts(model).save_pretrained(out / "model", chat_template, write)
     elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:
-        save_adapter(model, out / "adapter", template)
-    else:
+        save_adapter(model, out / "adapter", template, write=write)
+    elif write:
         save_experts(model, out / "experts")
 
 
@@ -843,11 +846,22 @@ def open_metrics(path, first):
     return open(path, "a", encoding="utf-8"), rows
 
 
-def save_checkpoint(out, step, parameters, optimizer, sums=()):
-    """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl."""
+def gathered(values, keep):
+    """A nested dictionary, what processes share of it in one piece and on the CPU; None for that where not `keep`."""
+    if isinstance(values, dict):
+        return {name: gathered(value, keep) for name, value in values.items()}
+    full = whole(values)
+    return values if full is values else full.cpu() if keep else None
+
+
+def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
+    """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl. Processes that share
+    the weights all call it; one of them has to write."""
+    state = gathered({"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(),
+                      "sums": list(sums)}, write)
+    if not write:
+        return
     with atomic_folder(out / "checkpoint") as temporary:
-        state = {"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(),
-                 "sums": list(sums)}
         try:
             torch.save(state, temporary / "state.pt")
         except RuntimeError as error:  # of torch's zip writer
@@ -862,12 +876,17 @@ def load_checkpoint(out, parameters, optimizer):
     if not path.is_file():
         return 0, []
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        shared = any(is_part(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=shared)
         stored, done = state["parameters"], (state["step"], state["sums"])
         for name, parameter in parameters:
             if name not in stored or stored[name].shape != parameter.shape:
                 raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
-            parameter.copy_(stored[name])
+            parameter.copy_(part_like(stored[name], parameter))
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, moments in state["optimizer"]["state"].items():
+            for name in moments.keys() - {"step"}:
+                moments[name] = part_like(moments[name], members[number])
         optimizer.load_state_dict(state["optimizer"])
     except BROKEN as error:
         raise UserError(f"--resume: {path} is broken, start without --resume ({first_line(error)})") from None

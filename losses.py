@@ -60,6 +60,17 @@ class Processes:
                 sys.stdout = open(os.devnull, "w")  # only the first one prints
         return cls(rank, count)
 
+    def mesh(self, device):
+        """The processes, for `model.shard`; None where there is one."""
+        if self.count > 1:
+            return distributed.device_mesh.init_device_mesh(torch.device(device).type, (self.count,))
+
+    def share(self, parts):
+        """Yield (part, 1) of this process's share of a list. All get as many, as a pass needs all where weights are
+        sharded: (part, 0) is one of another process again, which does not count."""
+        for i in range(self.rank, len(parts) + -len(parts) % self.count, self.count):
+            yield parts[i % len(parts)], int(i < len(parts))
+
     def once(self, function):
         """function(), called in the first process alone; its result, in all."""
         result = [function() if self.rank == 0 else None]
@@ -107,6 +118,8 @@ def one_line_if_lost():
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise UserError(f"another process of this run has ended ({first_line(error)[:80]})") from None
 
 
@@ -324,7 +337,7 @@ def pack(encoded, indices, step=None):
 
 def batches(encoded, batch_size, device, longest_first=True, together=None, processes=ALONE):
     """Yield (indices, Batch) over a whole encoded set, pairs of like length together; of several processes, each gets
-    its share of the batches.
+    its share of the batches, as many as the others: with no indices, a batch is another's, and does not count.
 
     together (N,): numbers; pairs with the same number stay in one batch, which may then be larger.
     """
@@ -336,8 +349,8 @@ def batches(encoded, batch_size, device, longest_first=True, together=None, proc
         order = np.argsort(together, kind="stable")
         first = np.flatnonzero(np.diff(together[order], prepend=-1))  # where another number begins
         starts = first[np.unique(np.searchsorted(first, np.arange(0, len(order), batch_size)).clip(max=len(first) - 1))]
-    for indices in np.split(order, list(starts)[1:])[processes.rank::processes.count]:
-        yield indices, pack(encoded, indices, step).to(device)
+    for indices, counts in processes.share(np.split(order, list(starts)[1:])):
+        yield indices[:len(indices) * counts], pack(encoded, indices, step).to(device)
 
 
 def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
@@ -440,7 +453,7 @@ def response_logps(model, encoded, batch_size, dtype="float32", device="cpu", pr
                total=math.ceil(len(encoded) / batch_size / processes.count), disable=processes.rank > 0)
     for indices, batch in bar:
         with precision(dtype, device):
-            logps[indices] = policy_logps(model, batch).cpu()
+            logps[indices] = policy_logps(model, batch)[:len(indices)].cpu()
     processes.add([logps])
     return logps
 

@@ -535,28 +535,35 @@ class Transformer(nn.Module):
         return logits
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu", mesh=None):
         """Load a folder in Hugging Face layout, or a hub id. Weights are read once, into their final place.
 
-        Raises UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
+        mesh: processes over which `shard` splits the blocks before they are read; the rest is left to the caller. Raises
+        UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
         """
         folder = find_folder(name_or_dir)
         with torch.device("meta"):
             model = cls(read_config(folder))
+        if mesh:
+            shard(model.model.layers, mesh)
         load_weights(model, folder, dtype, device)
         model.folder, model.origin = folder, str(folder.resolve() if folder == Path(name_or_dir) else name_or_dir)
         return model
 
-    def save_pretrained(self, folder, chat_template=None):
+    def save_pretrained(self, folder, chat_template=None, write=True):
         """Write config.json, safetensors (in shards above 5 GB), the tokenizer's files and chat template, atomically;
-        `transformers` loads the folder."""
+        `transformers` loads the folder. Processes that share the weights all call it; one of them has to write."""
         weights, tensors = self.state_dict(), {}
         kind, config = self.config.model_type, dict(self.config.hf)
         if any(".base." in name for name in weights):
             raise UserError("save_pretrained: the model carries experts; merge_experts(model) first, or save_adapter")
         for name, ours in stored_layout(self).items():
-            tensor = weights[ours[0]] if len(ours) == 1 else torch.cat([weights[part] for part in ours])
-            tensors[name] = (tensor.t() if is_conv1d(name) else tensor).contiguous()
+            parts = [whole(weights[part]) for part in ours]
+            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if write:
+                tensors[name] = (tensor.t() if is_conv1d(name) else tensor).contiguous().cpu()
+        if not write:
+            return
         if isinstance(self, Transformer):
             config["architectures"] = [FAMILIES[kind]]
         elif self.config.score_name == "score":  # safe-rlhf has classes of its own
@@ -893,6 +900,35 @@ def is_derived(name):
     return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "normalizer.count"))
 
 
+def shard(modules, mesh, ignored=()):
+    """Leave each process of the mesh its rows of every weight but the ignored ones, by FSDP2: a module's weights are
+    whole while it runs, the outermost one's until the backward pass is over. Gradients are summed."""
+    from torch.distributed.fsdp import fully_shard  # here, as it takes most of a second
+    for module in modules:
+        fully_shard(module, mesh=mesh, ignored_params=set(ignored))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # the other way of not dividing is NCCL's alone
+        module.register_forward_hook(lambda *_: torch.clear_autocast_cache())  # it would keep a copy of every weight
+
+
+def is_part(tensor):
+    """True if processes share the tensor: this is a DTensor with the rows of one."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """The tensor in one piece. Processes that share it call this together."""
+    return tensor.full_tensor().clone() if is_part(tensor) else tensor  # it is a view of padded rows
+
+
+def part_like(tensor, like):
+    """This process's rows of a tensor, where it has only its rows of `like`."""
+    if not is_part(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def load_weights(model, folder, dtype, device):
     """Put a checkpoint's tensors in the place of a meta-device model's parameters, one at a time."""
     config, layout = model.config, stored_layout(model)
@@ -914,7 +950,7 @@ def load_weights(model, folder, dtype, device):
                 if part.shape != slot.shape:
                     raise UserError(f"{path}: {name} has shape {tuple(part.shape)}; config.json makes it "
                                     f"{tuple(slot.shape)}")
-                part = part.to(device)
+                part = part_like(part.to(device), slot)
                 setattr(module, key, nn.Parameter(part) if isinstance(slot, nn.Parameter) else part)
             missing.discard(stored)
     if missing:

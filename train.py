@@ -26,13 +26,14 @@ from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, add_marg
 from eval import (Parser, as_command, check_device, check_values, evaluate_run, gate_weights, load_start,
                   mixture_report, numbers, setting, source_names, stop_signals, weighted_names)
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, close_run, count_experts,
-                      disable_experts, expert_layers, freeze_experts, is_router, load_adapter,
-                      load_checkpoint, mixture_logps, open_metrics, open_run, perturb_experts,
+                      disable_experts, expert_layers, freeze_experts, is_mixture, is_router, load_adapter,
+                      load_checkpoint, load_trained, mixture_logps, open_metrics, open_run, perturb_experts,
                       pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
                       save_trained, set_routers, trainable_parameters, use_expert)
 from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, content_hash, encode_pairs, epoch_order,
                     files_hash, pack, policy_logps, precision, show_pair, split_step)
-from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, find_folder, read_config, write_text)
+from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, find_folder, is_part, read_config, shard,
+                   whole, write_text)
 
 # A method: what it consists of, and the forward pass and builder of most of them
 
@@ -398,6 +399,7 @@ class Config:
     dtype: str = setting("float32", "of the forward pass and frozen weights", "machine", ("float32", "bfloat16"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps, …", free=True)
     compile: bool = setting(False, "torch.compile the model", free=True)
+    fsdp: bool = setting(False, "split all weights over the processes of torchrun, each holds its part (FSDP)", free=True)
     checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time", free=True)
     out: str = setting(lambda v: f"out/{v['method']}", "run folder", "run", free=True)
     resume: bool = setting(False, "go on from the run folder's checkpoint, if any; leave a finished run", free=True)
@@ -605,8 +607,13 @@ def reference_logps(model, encoded, config, processes=ALONE):
     model.eval()
     settings = encoded, config.dtype, config.device, processes
     if config.references:
-        models = (Transformer.from_pretrained(folder, device=config.device) for folder in config.references)
-        return torch.stack([cached_logps(one, *settings) for one in models], dim=-1)
+        mesh, logps = config.fsdp and processes.mesh(config.device), []
+        for folder in config.references:
+            one = Transformer.from_pretrained(folder, device=config.device, mesh=mesh)
+            if mesh:
+                shard([one], mesh)
+            logps.append(cached_logps(one, *settings))
+        return torch.stack(logps, dim=-1)
     if METHODS[config.method].reference == "start" and config.init_adapter:
         logps = []
         for k in range(count_experts(model)):
@@ -680,17 +687,18 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
     Returns whether they are finite, as a tensor: to look at it on every step would make a GPU wait.
     """
     step, now = encoded.counts(np.concatenate(parts)), {}
-    for indices in parts[processes.rank::processes.count]:
+    for indices, counts in processes.share(parts):
         loss, metrics = batch_loss(model, pack(encoded, indices, step).to(config.device), config)
-        share = len(indices) / step["pairs"]
+        share = counts * len(indices) / step["pairs"]
         (loss * share).backward()
         accumulate(now, {"loss": loss.detach(), **metrics}, share)
-    loss = now.get("loss", torch.zeros((), device=config.device)).clone()
+    loss = now["loss"].clone()
     if processes.count > 1:
-        for _, parameter in parameters:
+        copies = [parameter for _, parameter in parameters if not is_part(parameter)]  # of parts, FSDP sums gradients
+        for parameter in copies:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        processes.add([loss, *(parameter.grad for _, parameter in parameters)])
-    norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf)
+        processes.add([loss, *(parameter.grad for parameter in copies)])
+    norm = whole(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf))
     finite = norm.isfinite() & loss.isfinite()
     optimizer.found_inf = 1 - finite.float()  # the fused step does nothing where this is 1
     optimizer.step()
@@ -730,6 +738,8 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     log-probs. Raises KeyboardInterrupt after a signal, the checkpoint saved, and UserError when SKIPPED_IN_A_ROW steps
     had no finite loss and gradient.
     """
+    if is_part(next(model.parameters())):
+        model.reshard()  # reference log-probs have left the outermost weights whole
     out, parameters = Path(out), trainable_parameters(model)
     optimizer, order, lengths = make_optimizer(parameters, config), training_order(encoded, config), encoded.lengths()
     passes = config.grad_accum * processes.count
@@ -764,8 +774,8 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
             wanted = processes.total({"stop": bool(came), "save": late})
             if any(wanted.values()) or (config.save_every and done % config.save_every == 0):
                 parts = processes.gather(sums)
-                if processes.rank == 0:
-                    save_checkpoint(out, done, parameters, optimizer, parts)
+                if processes.rank == 0 or config.fsdp:
+                    save_checkpoint(out, done, parameters, optimizer, parts, processes.rank == 0)
                 saved = time.monotonic()
             if wanted["stop"]:
                 raise KeyboardInterrupt(*came)
@@ -838,10 +848,11 @@ def base_folder(config):
     return folder
 
 
-def load_model(config, base, groups=()):
+def load_model(config, base, groups=(), processes=ALONE):
     """The model that training starts from, what is trained marked and in float32. groups: those of the data."""
     trains_all = not (config.lora_rank or config.init_adapter or config.share)
-    model = Transformer.from_pretrained(base, torch.float32 if trains_all else DTYPES[config.dtype], config.device)
+    mesh = config.fsdp and processes.mesh(config.device)
+    model = Transformer.from_pretrained(base, torch.float32 if trains_all else DTYPES[config.dtype], config.device, mesh)
     if model.config.learned_positions and config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
     model = METHODS[config.method].build(config, model, groups)
@@ -849,6 +860,9 @@ def load_model(config, base, groups=()):
     for warning in adapter_warnings(model, config.init_adapter, config.template):
         print(warning)
     model.model.checkpointing = config.checkpointing
+    if mesh:  # experts, routers and gates are small: beside a frozen base, each process has all that is trained
+        shard([model], mesh, [parameter for name, parameter in model.named_parameters()
+                              if not trains_all and (parameter.requires_grad or is_mixture(name))])
     return model
 
 
@@ -879,7 +893,7 @@ def run_locked(config, processes, lock):
     tokenizer = Tokenizer(base, config.template)
     encoded, held_out = load_data(config, tokenizer)
     config = method.settle(config, encoded.groups)
-    model = load_model(config, base, encoded.groups)
+    model = load_model(config, base, encoded.groups, processes)
     settings = run_settings(config, base, processes)
     work = processes.once(lambda: open_run(out, settings, FREE, config.resume, lock))
     if work is None:
@@ -894,27 +908,35 @@ def run_locked(config, processes, lock):
         model.model.compile()
     train(model, encoded, held_out, config, work, processes)
     trained = time.perf_counter()
-    processes.once(lambda: finish(model, tokenizer, encoded, held_out, config, base, work))
+    finish(model, tokenizer, encoded, held_out, config, base, work, processes)
     done = time.perf_counter()
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
           f"the run is in {out}/")
 
 
-def finish(model, tokenizer, encoded, held_out, config, base, work):
+def finish(model, tokenizer, encoded, held_out, config, base, work, processes=ALONE):
     """After training: write the weights, the method's report and, on toy, the oracle's table; the run is finished."""
-    method, out = METHODS[config.method], Path(config.out)
-    save_trained(model, work, config.template, tokenizer.chat_template if config.template in TEMPLATES else None)
+    method = METHODS[config.method]
+    save_trained(model, work, config.template, tokenizer.chat_template if config.template in TEMPLATES else None,
+                 processes.rank == 0)
     if method.report:
         report, warnings = method.report(model, encoded, held_out, config.beta, 4 * config.batch_size, config.dtype)
-        write_text(work / "experts.json", json.dumps(report, indent=2) + "\n")
+        processes.once(lambda: write_text(work / "experts.json", json.dumps(report, indent=2) + "\n"))
         print(*warnings, *(f"{name}: {value}" for name, value in report.items()), sep="\n")
     if config.model == "toy" and not isinstance(model, ScoreModel):
-        start = load_start({**asdict(config), "base": base}, device=config.device)
-        with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
-            report, samples = evaluate_run(model, start, tokenizer, work, config.eval_split, config.seed,
-                                           config.temperature, preferences=config.preferences if config.on_toy else ())
-        print("", samples, toy.closing_tables({config.method: report}), sep="\n\n")
-    close_run(out, work)
+        processes.once(lambda: show_answers(model, tokenizer, config, base, work))
+    processes.once(lambda: close_run(Path(config.out), work))
+
+
+def show_answers(model, tokenizer, config, base, work):
+    """The oracle's table of a toy run, printed and written. One process answers: it reads a sharded model again."""
+    if is_part(weight := next(model.parameters())):
+        model = load_trained(work, base, weight.dtype, config.device)
+    start = load_start({**asdict(config), "base": base}, device=config.device)
+    with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
+        report, samples = evaluate_run(model, start, tokenizer, work, config.eval_split, config.seed,
+                                       config.temperature, preferences=config.preferences if config.on_toy else ())
+    print("", samples, toy.closing_tables({config.method: report}), sep="\n\n")
 
 
 def is_finished(config, processes):
