@@ -677,7 +677,7 @@ def is_mixture(name):
     return "lora_" in name or is_router(name)
 
 
-def save_experts(model, folder):
+def save_experts(model, folder, write=True):
     """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate."""
     layers = dict(expert_layers(model))
     first = next(iter(layers.values()))
@@ -685,6 +685,8 @@ def save_experts(model, folder):
               "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
               "gate": model.gate and model.gate.spec}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
+    if not write:
+        return
     with atomic_folder(folder) as temporary:
         (temporary / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, temporary / "experts.safetensors")
@@ -824,8 +826,8 @@ def save_trained(model, out, template=None, chat_template=None, write=True):
         merge_experts(model).save_pretrained(out / "model", chat_template, write)
     elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:
         save_adapter(model, out / "adapter", template, write=write)
-    elif write:
-        save_experts(model, out / "experts")
+    else:
+        save_experts(model, out / "experts", write)
 
 
 def load_trained(run, base, dtype=torch.float32, device="cpu"):

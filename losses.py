@@ -118,7 +118,7 @@ def one_line_if_lost():
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
         raise UserError(f"another process of this run has ended ({first_line(error)[:80]})") from None
 

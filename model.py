@@ -926,7 +926,8 @@ def part_like(tensor, like):
     if not is_part(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    part = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+    return part.clone()  # it is a view, which would keep all rows
 
 
 def load_weights(model, folder, dtype, device):

@@ -31,7 +31,7 @@ from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, 
                       pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
                       save_trained, set_routers, trainable_parameters, use_expert)
 from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, content_hash, encode_pairs, epoch_order,
-                    files_hash, pack, policy_logps, precision, show_pair, split_step)
+                    files_hash, one_line_if_lost, pack, policy_logps, precision, show_pair, split_step)
 from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, find_folder, is_part, read_config, shard,
                    whole, write_text)
 
@@ -440,6 +440,7 @@ UNREAD = (
     (("annotators",), lambda v: v["data"] != ("toy",) or not v["groups"], "only toy preferences have annotators"),
     (("harmful_share",), lambda v: v["data"] != ("toy",) or v["groups"], "only toy data without --groups has it"),
     (("held_out", "skip_bad_rows"), lambda v: v["data"] == ("toy",), "toy comparisons come from no file"),
+    (("compile",), lambda v: v["fsdp"], "--fsdp gathers and drops weights between the parts that it would compile"),
     (("eval_split", "temperature"), lambda v: v["model"] != "toy", "only a toy model has a closing table"),
 )
 
@@ -738,7 +739,7 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     log-probs. Raises KeyboardInterrupt after a signal, the checkpoint saved, and UserError when SKIPPED_IN_A_ROW steps
     had no finite loss and gradient.
     """
-    if is_part(next(model.parameters())):
+    if hasattr(model, "reshard"):
         model.reshard()  # reference log-probs have left the outermost weights whole
     out, parameters = Path(out), trainable_parameters(model)
     optimizer, order, lengths = make_optimizer(parameters, config), training_order(encoded, config), encoded.lengths()
@@ -880,7 +881,8 @@ def run(config, processes=ALONE):
     """One run, the only one in its folder."""
     lock = FileLock(Path(config.out) / ".lock")  # `open_run` takes it, once the data and the model are in order
     try:
-        run_locked(config, processes, lock)
+        with one_line_if_lost():
+            run_locked(config, processes, lock)
     finally:
         lock.release()
 
@@ -930,8 +932,8 @@ def finish(model, tokenizer, encoded, held_out, config, base, work, processes=AL
 
 def show_answers(model, tokenizer, config, base, work):
     """The oracle's table of a toy run, printed and written. One process answers: it reads a sharded model again."""
-    if is_part(weight := next(model.parameters())):
-        model = load_trained(work, base, weight.dtype, config.device)
+    if hasattr(model, "reshard"):
+        model = load_trained(work, base, next(model.parameters()).dtype, config.device)
     start = load_start({**asdict(config), "base": base}, device=config.device)
     with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
         report, samples = evaluate_run(model, start, tokenizer, work, config.eval_split, config.seed,

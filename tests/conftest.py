@@ -272,13 +272,16 @@ def place(bases, tmp_path, monkeypatch):
     return tmp_path
 
 
+def make_quick(patch):
+    """Still shorter answers to fewer prompts."""
+    shorten_answers(patch, 4)
+    patch.setattr(toy, "eval_prompts", lambda split, seed: eval_prompts(split, seed)[::51])
+    patch.setattr(toy, "preference_sample", lambda names, split, seed: preference_sample(tuple(names), split, seed, 5))
+
+
 @pytest.fixture
 def quick(place, monkeypatch):
-    """`place` with still shorter answers to fewer prompts."""
-    shorten_answers(monkeypatch, 4)
-    monkeypatch.setattr(toy, "eval_prompts", lambda split, seed: eval_prompts(split, seed)[::51])
-    monkeypatch.setattr(toy, "preference_sample", lambda names, split, seed: preference_sample(tuple(names), split,
-                                                                                               seed, 5))
+    make_quick(monkeypatch)
     return place
 
 

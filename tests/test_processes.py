@@ -92,8 +92,9 @@ def end(process, number):
     process.communicate(timeout=60)
 
 
-def test_where_one_process_dies_the_run_ends_with_a_line_that_says_so(place):
-    process = begin("out/run", "--epochs", 1000)
+@pytest.mark.parametrize("flags", ((), ("--fsdp",)))
+def test_where_one_process_dies_the_run_ends_with_a_line_that_says_so(place, flags):
+    process = begin("out/run", "--epochs", 1000, *flags)
     os.kill(workers(process)[-1], signal.SIGKILL)
     output = process.communicate(timeout=60)[0]
     assert process.returncode and "another process of this run has ended" in output
@@ -121,6 +122,7 @@ if __name__ == "__main__":
     make_small(pytest.MonkeyPatch())
     processes = Processes.join()
     for name in METHODS:
-        whole, shared = step_of(name, 1), step_of(name, 2, processes)
-        check_equal(whole, shared)
+        whole = step_of(name, 1)
+        check_equal(whole, step_of(name, 2, processes))
+        check_equal(whole, step_of(name, 2, processes, "--fsdp"))
         print(json.dumps(name), "same step", flush=True)

@@ -12,6 +12,7 @@ import train
 from conftest import perturb_experts
 from data import Tokenizer
 from losses import ALONE, split_step
+from model import whole
 
 METHODS = {
     "sft": (), "dpo": ("--lora_rank", 4), "safedpo": (), "reward": (), "cost": (), "pmol": ("--lora_rank", 4, "--egs_weight", 1),
@@ -21,19 +22,19 @@ METHODS = {
     "mix-dpo annotators": ("--lora_rank", 4, "--latent", "annotator", "--annotators", 12)}
 
 
-def step_of(method, parts, processes=ALONE):
+def step_of(method, parts, processes=ALONE, *flags):
     """({parameter: gradient}, metrics) of one step of eight pairs in so many forward passes."""
-    config = train.parse_flags(["--method", method.split()[0], *map(str, METHODS[method]), "--device", "cpu"])
+    config = train.parse_flags(["--method", method.split()[0], *map(str, METHODS[method]), "--device", "cpu", *flags])
     encoded, _ = train.load_data(config, Tokenizer(train.base_folder(config)))
     config = train.METHODS[config.method].settle(config, encoded.groups)
-    model = train.load_model(config, train.base_folder(config), encoded.groups)
+    model = train.load_model(config, train.base_folder(config), encoded.groups, processes)
     train.METHODS[config.method].prepare(model, encoded, config)
     if train.METHODS[config.method].reference:
         encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
     perturb_experts(model, 0.05, 3)
     parameters, gradients, sums = train.trainable_parameters(model), {}, {}
     optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: gradients.update(
-        (name, parameter.grad.clone()) for name, parameter in parameters if parameter.grad is not None))
+        (name, whole(parameter.grad).clone()) for name, parameter in parameters if parameter.grad is not None))
     passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"))
     assert len(passes) == parts
     train.train_step(model.train(), parameters, optimizer, encoded, passes, replace(config, grad_clip=0.0), sums,
