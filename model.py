@@ -538,7 +538,7 @@ class Transformer(nn.Module):
     def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu", mesh=None):
         """Load a folder in Hugging Face layout, or a hub id. Weights are read once, into their final place.
 
-        mesh: processes over which `shard` splits the blocks before they are read; the rest is left to the caller. Raises
+        mesh: processes over which `shard` splits the blocks before they are read; the caller splits the rest. Raises
         UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
         """
         folder = find_folder(name_or_dir)

@@ -399,7 +399,7 @@ class Config:
     dtype: str = setting("float32", "of the forward pass and frozen weights", "machine", ("float32", "bfloat16"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps, …", free=True)
     compile: bool = setting(False, "torch.compile the model", free=True)
-    fsdp: bool = setting(False, "split all weights over the processes of torchrun, each holds its part (FSDP)", free=True)
+    fsdp: bool = setting(False, "split the weights over the processes of torchrun (FSDP)", free=True)
     checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time", free=True)
     out: str = setting(lambda v: f"out/{v['method']}", "run folder", "run", free=True)
     resume: bool = setting(False, "go on from the run folder's checkpoint, if any; leave a finished run", free=True)
@@ -775,8 +775,7 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
             wanted = processes.total({"stop": bool(came), "save": late})
             if any(wanted.values()) or (config.save_every and done % config.save_every == 0):
                 parts = processes.gather(sums)
-                if processes.rank == 0 or config.fsdp:
-                    save_checkpoint(out, done, parameters, optimizer, parts, processes.rank == 0)
+                save_checkpoint(out, done, parameters, optimizer, parts, processes.rank == 0)
                 saved = time.monotonic()
             if wanted["stop"]:
                 raise KeyboardInterrupt(*came)
@@ -853,7 +852,8 @@ def load_model(config, base, groups=(), processes=ALONE):
     """The model that training starts from, what is trained marked and in float32. groups: those of the data."""
     trains_all = not (config.lora_rank or config.init_adapter or config.share)
     mesh = config.fsdp and processes.mesh(config.device)
-    model = Transformer.from_pretrained(base, torch.float32 if trains_all else DTYPES[config.dtype], config.device, mesh)
+    dtype = torch.float32 if trains_all else DTYPES[config.dtype]
+    model = Transformer.from_pretrained(base, dtype, config.device, mesh)
     if model.config.learned_positions and config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
     model = METHODS[config.method].build(config, model, groups)

@@ -1,4 +1,4 @@
-"""With --fsdp two processes (gloo, on the CPU) hold half of the weights each, and compute what one does with all of them.
+"""With --fsdp two processes (gloo, on the CPU) hold half of the weights each, and compute what one with all of them does.
 test_processes.py compares the gradients of every method.
 
     torchrun --nproc_per_node 2 tests/test_fsdp.py      the worker, in a folder with a base model and deep/
