@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -394,13 +395,17 @@ class Config:
     router_lr: float = setting(1.0, "routers and gates learn at this many times the learning rate", above=0)
     warmup: float = setting(0.03, "share of the steps in which the rate rises; then it falls as a cosine", least=0)
     weight_decay: float = setting(0.05, "AdamW's, on matrices", least=0)
-    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", least=0)
+    grad_clip: float = setting(lambda v: 0.0 if v["low_memory"] else 1.0, "largest gradient norm; 0: no clipping",
+                               least=0)
     seed: int = setting(0, "of everything random: data, order, weights, sampling", least=0)
-    dtype: str = setting("float32", "of the forward pass and frozen weights", "machine", ("float32", "bfloat16"))
+    dtype: str = setting(lambda v: "bfloat16" if v["low_memory"] else "float32",
+                         "of the forward pass and frozen weights", "machine", ("float32", "bfloat16"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps, …", free=True)
     compile: bool = setting(False, "torch.compile the model", free=True)
     fsdp: bool = setting(False, "split the weights over the processes of torchrun (FSDP)", free=True)
     checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time", free=True)
+    low_memory: bool = setting(False, "train all weights in 6 bytes each instead of 16: they and AdamW's moments are "
+                                      "bfloat16, rounded stochastically; gradients are used and freed as they come")
     out: str = setting(lambda v: f"out/{v['method']}", "run folder", "run", free=True)
     resume: bool = setting(False, "go on from the run folder's checkpoint, if any; leave a finished run", free=True)
     save_every: int = setting(0, "steps between checkpoints; 0: by time and when interrupted", free=True, least=0)
@@ -437,6 +442,11 @@ UNREAD = (
     (("lora_rank", "lora_alpha", "lora_targets"), lambda v: v["init_adapter"], "--init_adapter has its own"),
     (("latent", "q_temperature"), lambda v: v["objective"] == "weights", "--objective weights has no latent expert"),
     (("router_lr",), lambda v: isinstance(v["gate"], tuple), "a fixed gate does not learn"),
+    (("low_memory",), lambda v: v["lora_rank"] or v["init_adapter"] or v["share"],
+     "it is for training all weights (--lora_rank 0); experts stay in float32"),
+    (("dtype",), lambda v: v["low_memory"] and v["dtype"] == "float32", "--low_memory has bfloat16 weights"),
+    (("grad_accum", "grad_clip"), lambda v: v["low_memory"], "--low_memory uses a gradient as it comes and keeps none"),
+    (("fsdp",), lambda v: v["low_memory"], "--low_memory is for weights that one process holds"),
     (("annotators",), lambda v: v["data"] != ("toy",) or not v["groups"], "only toy preferences have annotators"),
     (("harmful_share",), lambda v: v["data"] != ("toy",) or v["groups"], "only toy data without --groups has it"),
     (("held_out", "skip_bad_rows"), lambda v: v["data"] == ("toy",), "toy comparisons come from no file"),
@@ -662,15 +672,74 @@ def learning_rate(step, steps, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def make_optimizer(parameters, config):
+def make_optimizer(parameters, config, processes=ALONE):
     """AdamW: weight decay on matrices, routers and gates at router_lr times the learning rate."""
-    groups = {}
+    groups, betas = {}, (0.9, 0.95)
     for name, parameter in parameters:
         kind = config.weight_decay * (parameter.dim() >= 2), config.router_lr if is_router(name) else 1.0
         groups.setdefault(kind, []).append(parameter)
-    return torch.optim.AdamW([{"params": members, "weight_decay": decay, "factor": factor}
-                              for (decay, factor), members in groups.items()],
-                             lr=config.lr, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": members, "weight_decay": decay, "factor": factor}
+              for (decay, factor), members in groups.items()]
+    if config.low_memory:
+        return BackwardAdamW(groups, config.lr, betas, config.seed, processes)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+
+
+class BackwardAdamW(torch.optim.Optimizer):
+    """AdamW inside backward(): as soon as the gradient of a parameter is whole, also over processes, it updates the
+    parameter and is freed.
+
+    Moments have the parameter's dtype. Updates are computed in float32, a chunk at a time, and rounded stochastically
+    where they are stored in bfloat16. A parameter whose gradient is not finite stays as it is.
+    """
+    CHUNK = 1 << 20
+
+    def __init__(self, groups, lr, betas, seed, processes=ALONE):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8})
+        self.seed, self.processes, self.norms = seed, processes, []
+        for i, group in enumerate(self.param_groups):
+            for j, parameter in enumerate(group["params"]):
+                parameter.register_post_accumulate_grad_hook(partial(self.update, i, j))
+
+    @torch.no_grad()
+    def update(self, i, j, parameter):
+        self.processes.add([parameter.grad])
+        gradient, parameter.grad = parameter.grad.view(-1).split(self.CHUNK), None
+        self.norms.append(torch.stack([chunk.float().norm() for chunk in gradient]).norm())
+        if not self.norms[-1].isfinite():
+            return
+        group, state = self.param_groups[i], self.state[parameter]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        state["step"] += 1
+        rate, eps, scale1, scale2 = group["lr"], group["eps"], *(1 - beta ** state["step"] for beta in group["betas"])
+        seed = np.random.SeedSequence([self.seed, i, j, state["step"]]).generate_state(1, np.uint64)
+        generator = torch.Generator(parameter.device).manual_seed(int(seed[0]))  # a resumed run draws the same
+        stored = (tensor.view(-1).split(self.CHUNK) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+        for g, *chunks in zip(gradient, *stored):
+            g, w, m, v = (chunk.to(torch.float32, copy=True) for chunk in (g, *chunks))
+            m.lerp_(g, 1 - group["betas"][0])
+            v.lerp_(g.square(), 1 - group["betas"][1])
+            w.mul_(1 - rate * group["weight_decay"]).addcdiv_(m, (v / scale2).sqrt_().add_(eps), value=-rate / scale1)
+            noise = torch.empty_like(w, dtype=torch.int32).random_(generator=generator).bitwise_and_(0xFFFF)
+            for new, chunk in zip((w, m, v), chunks):  # each is unbiased, though they share a draw
+                store(new, chunk, noise)
+
+    def gradient_norm(self):
+        """The norm of the gradients of the backward pass that has just ended."""
+        norms, self.norms = self.norms, []
+        return torch.stack(norms).norm()
+
+
+def store(values, target, noise):
+    """Write float32 values to a target, to a bfloat16 one rounded stochastically: to one of the two neighbours, to the
+    nearer one more often, so that the mean over draws is the value. To the nearest, most small updates would be lost.
+
+    A bfloat16 is the upper half of a float32. noise: random 16 bits, which carry from the lower half to the upper.
+    """
+    if target.dtype == torch.bfloat16:
+        target, values = target.view(torch.int16), (values.view(torch.int32) + noise) >> 16
+    target.copy_(values)
 
 
 def training_order(encoded, config):
@@ -691,19 +760,21 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
     for indices, counts in processes.share(parts):
         loss, metrics = batch_loss(model, pack(encoded, indices, step).to(config.device), config)
         share = counts * len(indices) / step["pairs"]
-        (loss * share).backward()
+        loss.backward(torch.where(loss.isfinite(), share, math.nan))  # NaN makes every gradient NaN
         accumulate(now, {"loss": loss.detach(), **metrics}, share)
-    loss = now["loss"].clone()
-    if processes.count > 1:
-        copies = [parameter for _, parameter in parameters if not is_part(parameter)]  # of parts, FSDP sums gradients
-        for parameter in copies:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        processes.add([loss, *(parameter.grad for parameter in copies)])
-    norm = whole(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf))
-    finite = norm.isfinite() & loss.isfinite()
-    optimizer.found_inf = 1 - finite.float()  # the fused step does nothing where this is 1
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if config.low_memory:
+        norm = optimizer.gradient_norm()  # the weights are updated already
+    else:
+        if processes.count > 1:
+            copies = [parameter for _, parameter in parameters if not is_part(parameter)]  # FSDP sums those of parts
+            for parameter in copies:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            processes.add(parameter.grad for parameter in copies)
+        norm = whole(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf))
+        optimizer.found_inf = 1 - norm.isfinite().float()  # the fused step does nothing where this is 1
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    finite = norm.isfinite()
     accumulate(sums, {name: torch.where(finite, value, 0) for name, value in now.items()})
     if processes.rank == 0:  # these are the same in all processes
         accumulate(sums, {"grad_norm": torch.where(finite, norm, 0), "finite": finite.float(),
@@ -742,7 +813,8 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     if hasattr(model, "reshard"):
         model.reshard()  # reference log-probs have left the outermost weights whole
     out, parameters = Path(out), trainable_parameters(model)
-    optimizer, order, lengths = make_optimizer(parameters, config), training_order(encoded, config), encoded.lengths()
+    optimizer = make_optimizer(parameters, config, processes)
+    order, lengths = training_order(encoded, config), encoded.lengths()
     passes = config.grad_accum * processes.count
     per_step = config.batch_size * passes
     steps = steps_of(len(order), per_step, config)
@@ -849,15 +921,16 @@ def base_folder(config):
 
 
 def load_model(config, base, groups=(), processes=ALONE):
-    """The model that training starts from, what is trained marked and in float32. groups: those of the data."""
-    trains_all = not (config.lora_rank or config.init_adapter or config.share)
+    """The model that training starts from, what is trained marked and in float32, or in bfloat16 with --low_memory.
+    groups: those of the data."""
+    in_float32 = not (config.lora_rank or config.init_adapter or config.share or config.low_memory)
     mesh = config.fsdp and processes.mesh(config.device)
-    dtype = torch.float32 if trains_all else DTYPES[config.dtype]
+    dtype = torch.float32 if in_float32 else DTYPES[config.dtype]
     model = Transformer.from_pretrained(base, dtype, config.device, mesh)
     if model.config.learned_positions and config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
     model = METHODS[config.method].build(config, model, groups)
-    assert all(parameter.dtype == torch.float32 for _, parameter in trainable_parameters(model))
+    assert config.low_memory or all(p.dtype == torch.float32 for _, p in trainable_parameters(model))
     for warning in adapter_warnings(model, config.init_adapter, config.template):
         print(warning)
     model.model.checkpointing = config.checkpointing

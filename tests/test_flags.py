@@ -40,7 +40,11 @@ MISTAKES = {
         (("--dtype", "float8"), ("--dtype", "float8", "bfloat16")),
         (("--device", "cuda:99"), ("--device", "cuda:99")),
         (("--device", "toaster"), ("--device", "toaster")),
-        (("--lora_rank", "4", "--lora_targets", "nonsense"), ("nonsense", "down_proj"))),
+        (("--lora_rank", "4", "--lora_targets", "nonsense"), ("nonsense", "down_proj")),
+        (("--low_memory", "--lora_rank", "4"), ("--low_memory", "all weights")),
+        (("--low_memory", "--grad_accum", "2"), ("--grad_accum", "--low_memory")),
+        (("--low_memory", "--grad_clip", "1"), ("--grad_clip", "--low_memory")),
+        (("--low_memory", "--dtype", "float32"), ("--dtype", "--low_memory", "bfloat16"))),
     "pmol": (
         (("--experts", "4"), ("--experts 4", "multiple", "3")),
         (("--experts=-3",), ("--experts -3",)),

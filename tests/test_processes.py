@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error, timeless
 from losses import Processes
+from test_memory import check_that_a_step_in_two_processes_is_that_of_one
 from test_steps import METHODS, check_equal, inputs_of, step_of
 
 SMALL = ROOT / "tests" / "small_train.py"
@@ -50,7 +51,7 @@ def test_a_step_that_two_processes_share_is_the_step_of_one(place):
     for method in METHODS:
         inputs_of(method)
     output = torchrun(__file__)
-    assert output.count("same step") == len(METHODS), output[-3000:]
+    assert output.count("same step") == len(METHODS) + 1, output[-3000:]
 
 
 def test_a_run_of_two_processes_is_that_of_one_and_goes_on_with_another_number(place):
@@ -126,3 +127,5 @@ if __name__ == "__main__":
         check_equal(whole, step_of(name, 2, processes))
         check_equal(whole, step_of(name, 2, processes, "--fsdp"))
         print(json.dumps(name), "same step", flush=True)
+    check_that_a_step_in_two_processes_is_that_of_one(processes)
+    print("--low_memory same step", flush=True)
