@@ -923,9 +923,9 @@ def base_folder(config):
 def load_model(config, base, groups=(), processes=ALONE):
     """The model that training starts from, what is trained marked and in float32, or in bfloat16 with --low_memory.
     groups: those of the data."""
-    in_float32 = not (config.lora_rank or config.init_adapter or config.share or config.low_memory)
+    trains_all = not (config.lora_rank or config.init_adapter or config.share)
+    dtype = torch.float32 if trains_all and not config.low_memory else DTYPES[config.dtype]
     mesh = config.fsdp and processes.mesh(config.device)
-    dtype = torch.float32 if in_float32 else DTYPES[config.dtype]
     model = Transformer.from_pretrained(base, dtype, config.device, mesh)
     if model.config.learned_positions and config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")

@@ -4,6 +4,8 @@
     python tests/bench.py experts                  a PMoL training step with 16 experts against one with 4
     python tests/bench.py mixture                  generation through MidPO's mixture against one expert and the base
     python tests/bench.py train|ablation|growth    what training costs: see bench_train.py
+    python tests/bench.py memory                   bytes a weight of a training step, by default and with --low_memory
+    python tests/bench.py rounding [--rounds 3]    losses of runs with --low_memory beside those of float32 runs
     python tests/bench.py refusals FILE.csv …      the refusal rule against human labels: XSTest's completion files
 
 The median of the rounds' ratios is what counts, as it is the figure that other work on the machine disturbs least.
@@ -12,10 +14,15 @@ Models are made here, of random weights.
 import argparse
 import copy
 import csv
+import io
+import multiprocessing
+import os
+import resource
 import statistics
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_train  # noqa: E402
 import losses  # noqa: E402
 import toy  # noqa: E402
+import train  # noqa: E402
 from data import Encoded, pack  # noqa: E402
 from eval import refuses  # noqa: E402
 from lora_moe import add_experts, router_weights, trainable_parameters  # noqa: E402
@@ -142,6 +150,67 @@ def bench_mixture(rounds, batch=16, prompt_length=32, new_tokens=64):
     compare(rounds, {name: partial(generate, model, prompts, new_tokens) for name, model in models.items()})
 
 
+LARGER = dict(SMALL, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+              num_key_value_heads=12)
+
+
+def peak_of_steps(folders, flags):
+    """(weights, bytes above those before it at the peak) of two steps of a short pair, all weights trained, on the last
+    of these models; the one before loads the libraries."""
+    encoded = Encoded(np.arange(3, 27, dtype=np.int32), np.array([[0, 8, 16, 24]]))
+    encoded.labels["reference"] = np.zeros((1, 2), dtype=np.float32)
+    for folder in folders:
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        config = train.parse_flags(["--method", "dpo", "--model", folder, "--device", "cpu", *flags])
+        model = train.load_model(config, folder).train()
+        parameters = trainable_parameters(model)
+        optimizer = train.make_optimizer(parameters, config)
+        for _ in range(2):
+            train.train_step(model, parameters, optimizer, encoded, [np.arange(1)], config, {})
+    weights = sum(parameter.numel() for _, parameter in parameters)
+    return weights, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def bench_memory(rounds):
+    """Weights, gradients and moments, and what little such a short pair adds."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [f"{folder}/tiny", f"{folder}/larger"]
+        for path, shape in zip(folders, (dict(SMALL, hidden_size=64, intermediate_size=64), LARGER)):
+            toy.init_weights(Transformer(ModelConfig.from_hf(shape)), 0).save_pretrained(path)
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # else malloc keeps some of what has been freed
+        for flags in ((), ("--low_memory",)):
+            with multiprocessing.get_context("spawn").Pool(1) as fresh:
+                weights, peak = fresh.apply(peak_of_steps, (folders, flags))
+            print(f"{' '.join(flags) or 'float32'}: {weights / 1e6:.0f} M weights, {peak / 1e9:.2f} GB, "
+                  f"{peak / weights:.1f} bytes a weight", flush=True)
+
+
+ROUNDING = {"float32": (), "float32, no clipping": ("--grad_clip", "0"), "--low_memory": ("--low_memory",),
+            "--low_memory, rounded to the nearest": ("--low_memory",)}
+
+
+def bench_rounding(rounds):
+    """SafeDPO on toy, all weights, one epoch at toy's rate and at the paper's: held-out losses and margins, a seed a
+    round, from 3 on."""
+    train.evaluate_run, toy.closing_tables, store = lambda *_, **__: (None, ""), lambda *_: "", train.store
+    for rate in ("1.6e-5", "1e-6"):
+        ends = {name: [] for name in ROUNDING}
+        for seed in range(3, 3 + rounds):
+            for i, (name, flags) in enumerate(ROUNDING.items()):
+                train.store = store if "nearest" not in name else lambda values, target, noise: store(
+                    values, target, torch.full_like(noise, 1 << 15))
+                out = f"out/rounding/{rate}-{seed}-{i}"
+                with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                    train.main([*"--method safedpo --delta 10 --lora_rank 0 --epochs 1 --device cpu --resume".split(),
+                                "--lr", rate, "--seed", str(seed), "--out", out, *flags])
+                ends[name].append(losses.whole_rows(Path(out) / "metrics.jsonl")[-1])
+        for name, rows in ends.items():
+            loss, margin = (np.array([row[f"eval/{key}"] for row in rows]) for key in ("loss", "rewards/margins"))
+            exact = np.array([row["eval/loss"] for row in ends["float32"]])
+            print(f"| {rate} | {name} | {' | '.join(f'{value:.4f}' for value in loss)} | {(loss / exact).mean():.4f} | "
+                  f"{margin.mean():.4f} |", flush=True)
+
+
 def bench_refusals(files):
     """Agreement of eval.refuses with the final human labels, refusal (full or partial) against compliance."""
     shares = []
@@ -158,7 +227,7 @@ if __name__ == "__main__":
     if sys.argv[1:] and sys.argv[1] in bench_train.BENCHES:
         raise SystemExit(bench_train.main(sys.argv[1:]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["generate", "experts", "mixture", "refusals"])
+    parser.add_argument("what", choices=["generate", "experts", "mixture", "memory", "rounding", "refusals"])
     parser.add_argument("files", nargs="*")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
@@ -166,4 +235,5 @@ if __name__ == "__main__":
     if args.what == "refusals":
         bench_refusals(args.files)
     else:
-        {"generate": bench_generate, "experts": bench_experts, "mixture": bench_mixture}[args.what](args.rounds)
+        {"generate": bench_generate, "experts": bench_experts, "mixture": bench_mixture, "memory": bench_memory,
+         "rounding": bench_rounding}[args.what](args.rounds)
