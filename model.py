@@ -542,8 +542,9 @@ class Transformer(nn.Module):
         UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
         """
         folder = find_folder(name_or_dir)
+        config = read_config(folder)  # computes RoPE's frequencies, for which the meta device would import torch._refs
         with torch.device("meta"):
-            model = cls(read_config(folder))
+            model = cls(config)
         if mesh:
             shard(model.model.layers, mesh)
         load_weights(model, folder, dtype, device)

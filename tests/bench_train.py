@@ -1,8 +1,8 @@
 """What training costs: DPO with LoRA experts of rank 16 on down_proj, batches of 8 pairs; called by tests/bench.py.
 
     python tests/bench.py train [--work DIR] [--device cuda --shape 1b] [--beside PEER/bin/python]
-    python tests/bench.py ablation [--rounds 3] [--only NAME,NAME]
-    python tests/bench.py growth [--rounds 3]
+    python tests/bench.py ablation [--work DIR] [--rounds 3] [--only NAME,NAME]
+    python tests/bench.py growth [--rounds 3] [--clock cpu]
 
 train prints one JSON line about `train.py` on a work folder: DIR/model in Hugging Face layout and DIR/pairs.jsonl of
 {"prompt", "chosen", "rejected"}; without --work, random weights of the shape and random pairs. --beside: TRL's turn on
@@ -280,7 +280,7 @@ ABLATIONS = {  # name: a change of the state or the code, or flags
 
 
 def child(work, change="all of it", flags=()):
-    """The steps of train.py over the pairs of a work folder, twice: prints {"seconds"} of the second time."""
+    """The steps of train.py over the pairs of a work folder, twice: prints the seconds of the second time."""
     change, torch_flags = ABLATIONS[change], ("--device", "cpu")
     config = train.parse_flags([*FLAGS, "--model", f"{work}/model", "--data", f"{work}/pairs.jsonl", *torch_flags,
                                 *flags, *(() if callable(change) else change)])
@@ -298,16 +298,16 @@ def child(work, change="all of it", flags=()):
     if config.compile:
         model.model.compile()
     for _ in range(2):
-        start, sums = time.perf_counter(), {}
+        start, cpu, sums = time.perf_counter(), time.process_time(), {}
         for indices in np.split(state["order"], range(8, len(encoded), 8)):
             train.train_step(model, parameters, state["optimizer"], encoded, [indices], config, sums)
-        seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "loss": float(sums["loss"]), "tokens": int(encoded.lengths().sum())}))
+        seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+    print(json.dumps({**seconds, "loss": float(sums["loss"]), "tokens": int(encoded.lengths().sum())}))
 
 
-def compare(rounds, runs):
-    """Run `child` with each of {name: its arguments} in turn, so many times; print ratios to the first, of time (median
-    and range over the rounds) and peak memory, as a Markdown table."""
+def compare(rounds, runs, clock):
+    """Run `child` with each of {name: its arguments} in turn, so many times; print a Markdown table of the time, as a
+    ratio to the first one's in the same round (median and range), and peak memory."""
     results = {name: [] for name in runs}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
@@ -316,31 +316,32 @@ def compare(rounds, runs):
     first = next(iter(results.values()))
     print("| | time, × the first row | s | peak, MiB | tokens |\n|---|---|---|---|---|")
     for name, rows in results.items():
-        ratios = [row["seconds"] / one["seconds"] for row, one in zip(rows, first)]
+        ratios = [row[clock] / one[clock] for row, one in zip(rows, first)]
         print(f"| {name} | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | "
-              f"{statistics.median(row['seconds'] for row in rows):.2f} | "
+              f"{statistics.median(row[clock] for row in rows):.2f} | "
               f"{statistics.median(row['peak_mib'] for row in rows):.0f} | {rows[0]['tokens']} |", flush=True)
 
 
-def bench_ablation(work, rounds, only):
+def bench_ablation(work, rounds, clock, only):
     names = [name for name in ABLATIONS if not only or name in ("all of it", *only)]
-    compare(rounds, {name: {"work": str(work), "change": name} for name in names})
+    compare(rounds, {name: {"work": str(work), "change": name} for name in names}, clock)
 
 
-def bench_growth(folder, rounds):
-    """A table each for pairs, experts (PMoL's, of rank 8), tokens of a pair and vocabulary, by the shape small."""
-    def work(name, **settings):
+def bench_growth(folder, rounds, clock):
+    """A table each for pairs, experts (PMoL's, of rank 8), tokens of a pair and vocabulary, with the shape small."""
+    def work(name, flags=(), **settings):
         make_work(folder / name, "small", **{"pairs": 16, **settings})
-        return {"work": str(folder / name)}
+        return {"work": str(folder / name), "flags": flags}
 
-    experts = ("--method", "pmol", "--lora_rank", "8")
-    plain = work("plain")
-    compare(rounds, {f"{pairs} pairs": work(f"pairs{pairs}", pairs=pairs) for pairs in (16, 32, 64)})
-    compare(rounds, {f"{K} experts": {**plain, "flags": [*experts, "--experts", str(K)]} for K in (4, 8, 16)})
-    compare(rounds, {f"prompts of {90 * n} tokens, responses of {44 * n}, on average":
-                     work(f"length{n}", lengths=(90 * n, 44 * n), max_len=512 * n) | {"flags": ["--max_len", str(512 * n)]}
-                     for n in (1, 2, 4)})
-    compare(rounds, {f"a vocabulary of {V}": work(f"vocabulary{V}", vocabulary=V) for V in (8000, 16000, 32000, 64000)})
+    tables = ({f"{pairs} pairs": work(f"pairs{pairs}", pairs=pairs) for pairs in (16, 32, 64)},
+              {f"{K} experts": work("plain", ["--method", "pmol", "--lora_rank", "8", "--experts", str(K)])
+               for K in (4, 8, 16)},
+              {f"prompts of {90 * n} tokens, responses of {44 * n}": work(
+                  f"lengths{n}", ["--max_len", str(512 * n)], lengths=(90 * n, 44 * n), max_len=512 * n)
+               for n in (1, 2, 4)},
+              {f"a vocabulary of {V}": work(f"vocabulary{V}", vocabulary=V) for V in (8000, 16000, 32000, 64000)})
+    for runs in tables:
+        compare(rounds, runs, clock)
 
 
 BENCHES = ("train", "ablation", "growth")
@@ -356,6 +357,7 @@ def main(argv):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--beside", help="a python that has TRL")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu, of one thread, on a busy machine")
     parser.add_argument("--only", type=lambda text: text.split(","), default=())
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -365,9 +367,9 @@ def main(argv):
         if args.what == "train":
             bench_train(work, args.device, args.epochs, args.beside)
         elif args.what == "ablation":
-            bench_ablation(work, args.rounds, args.only)
+            bench_ablation(work, args.rounds, args.clock, args.only)
         else:
-            bench_growth(work, args.rounds)
+            bench_growth(work, args.rounds, args.clock)
 
 
 if __name__ == "__main__":  # a process of `compare`
