@@ -337,19 +337,22 @@ def pack(encoded, indices, step=None):
 
 def batches(encoded, batch_size, device, longest_first=True, together=None, processes=ALONE):
     """Yield (indices, Batch) over a whole encoded set, pairs of like length together; of several processes, each gets
-    its share of the batches, as many as the others: with no indices, a batch is another's, and does not count.
+    its share of the batches, as many as the others: with no indices, a batch is another's, and does not count. A batch
+    has batch_size pairs, or fewer of more than PASS_TOKENS.
 
     together (N,): numbers; pairs with the same number stay in one batch, which may then be larger.
     """
     order, step = np.arange(len(encoded)), encoded.counts(slice(None))
     if longest_first:
         order = np.argsort(-encoded.lengths(), kind="stable")
-    starts = range(0, len(order), batch_size)
+    starts, lengths = range(0, len(order), batch_size), encoded.lengths()
     if together is not None:
         order = np.argsort(together, kind="stable")
         first = np.flatnonzero(np.diff(together[order], prepend=-1))  # where another number begins
         starts = first[np.unique(np.searchsorted(first, np.arange(0, len(order), batch_size)).clip(max=len(first) - 1))]
-    for indices, counts in processes.share(np.split(order, list(starts)[1:])):
+    parts = [indices for chunk in np.split(order, list(starts)[1:]) for indices in np.split(chunk, cuts(
+        lengths[chunk], 1, PASS_TOKENS, units=None if together is None else together[chunk]))]
+    for indices, counts in processes.share(parts):
         yield indices[:len(indices) * counts], pack(encoded, indices, step).to(device)
 
 
@@ -376,16 +379,39 @@ def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
     return np.concatenate(orders)
 
 
-def split_step(indices, parts, annotator=None):
-    """The pairs of an optimiser step, in order, in so many forward passes of equal size. annotator (count,): one with a
-    latent expert has all pairs of the step in one pass, so there may be fewer passes, of unequal size."""
-    if annotator is None or parts == 1:
-        return np.split(indices, parts)
-    indices = indices[np.argsort(annotator[indices], kind="stable")]
-    borders = np.flatnonzero(np.diff(annotator[indices])) + 1
-    wanted = np.arange(1, parts) * (len(indices) // parts)
-    cuts = [borders[np.abs(borders - cut).argmin()] for cut in wanted if len(borders)]
-    return np.split(indices, np.unique(cuts).astype(int))
+def split_step(indices, parts, annotator=None, lengths=None, tokens=0, multiple=1):
+    """The pairs of an optimiser step in so many forward passes of equal size. With a budget of tokens, there are
+    `multiple` more at a time until each holds at most that, or what the longest pair has. lengths (count,): of the pairs;
+    annotator (count,): one with a latent expert has all pairs of the step in one pass, so there may be fewer passes, of
+    unequal size."""
+    if annotator is not None or tokens:
+        indices = indices[np.argsort((-lengths if annotator is None else annotator)[indices], kind="stable")]
+    sizes = lengths[indices] if tokens else np.ones(len(indices))
+    return np.split(indices, cuts(sizes, parts, tokens, multiple, None if annotator is None else annotator[indices]))
+
+
+PASS_TOKENS = 1 << 14  # padded tokens of a forward pass without gradients: it bounds their memory
+
+
+def cuts(sizes, parts, tokens=0, multiple=1, units=None):
+    """Where to cut items, in order, into so many parts of about equal size; with a budget of tokens, `multiple` more at
+    a time until no part takes more padded tokens than that, or than the largest unit. units: numbers of the items;
+    neighbours with the same number stay together."""
+    def padded(part):
+        return int(part.max()) * first_fit(part.tolist(), int(part.max()))[1]
+
+    ends = np.flatnonzero(np.append(np.diff(np.arange(len(sizes)) if units is None else units), 1)) + 1  # of the units
+    total = np.cumsum(sizes)[ends - 1]
+    middle = total - np.diff(total, prepend=0) / 2
+    tokens = tokens and max(tokens, *map(padded, np.split(sizes, ends[:-1])))
+    parts += -(-max(0, total[-1] / tokens - parts) // multiple) * multiple if tokens else 0  # fewer can not be enough
+    for count in range(min(int(parts), len(ends)), len(ends) + 1, multiple):
+        before = np.arange(1, count)
+        units_before = np.maximum.accumulate((np.searchsorted(middle, total[-1] * before / count) - before).clip(0))
+        at = ends[units_before.clip(max=len(ends) - count) + before - 1]
+        if not tokens or all(padded(part) <= tokens for part in np.split(sizes, at)):
+            break
+    return at
 
 
 # Log-probabilities
@@ -449,11 +475,12 @@ def longest(model, tokens=1 << 20):
 def response_logps(model, encoded, batch_size, dtype="float32", device="cpu", processes=ALONE):
     """log π(y|x) of every response of an encoded set: (N, R) float32 on the CPU, in nats."""
     logps = torch.zeros(len(encoded), encoded.bounds.shape[1] - 2)
-    bar = tqdm(batches(encoded, batch_size, device, processes=processes), desc="log-probs", unit="batch", leave=False,
-               total=math.ceil(len(encoded) / batch_size / processes.count), disable=processes.rank > 0)
-    for indices, batch in bar:
-        with precision(dtype, device):
-            logps[indices] = policy_logps(model, batch)[:len(indices)].cpu()
+    with tqdm(desc="log-probs", unit="pair", leave=False, total=len(encoded) // processes.count,
+              disable=processes.rank > 0) as bar:
+        for indices, batch in batches(encoded, batch_size, device, processes=processes):
+            with precision(dtype, device):
+                logps[indices] = policy_logps(model, batch)[:len(indices)].cpu()
+            bar.update(len(indices))
     processes.add([logps])
     return logps
 

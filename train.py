@@ -391,6 +391,8 @@ class Config:
     max_steps: int = setting(0, "stop after this many optimiser steps; 0: at the end of the epochs", least=0)
     batch_size: int = setting(8, "pairs per forward pass of each process", free=True, least=1)
     grad_accum: int = setting(1, "forward passes of each process per optimiser step", free=True, least=1)
+    batch_tokens: int = setting(0, "padded tokens that a forward pass may hold: the same step in more passes, for less "
+                                   "memory; 0: no limit", free=True, least=0)
     lr: float = setting(lambda v: 1e-5 if v["lora_rank"] else 1e-6, "peak learning rate", above=0)
     router_lr: float = setting(1.0, "routers and gates learn at this many times the learning rate", above=0)
     warmup: float = setting(0.03, "share of the steps in which the rate rises; then it falls as a cosine", least=0)
@@ -445,7 +447,7 @@ UNREAD = (
     (("low_memory",), lambda v: v["lora_rank"] or v["init_adapter"] or v["share"],
      "it is for training all weights (--lora_rank 0); experts stay in float32"),
     (("dtype",), lambda v: v["low_memory"] and v["dtype"] == "float32", "--low_memory has bfloat16 weights"),
-    (("grad_accum", "grad_clip"), lambda v: v["low_memory"], "--low_memory uses a gradient as it comes and keeps none"),
+    (("grad_accum", "grad_clip", "batch_tokens"), lambda v: v["low_memory"], "--low_memory uses a gradient as it comes and keeps none"),
     (("fsdp",), lambda v: v["low_memory"], "--low_memory is for weights that one process holds"),
     (("annotators",), lambda v: v["data"] != ("toy",) or not v["groups"], "only toy preferences have annotators"),
     (("harmful_share",), lambda v: v["data"] != ("toy",) or v["groups"], "only toy data without --groups has it"),
@@ -831,7 +833,8 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             indices = order.take(range(step * per_step, (step + 1) * per_step), mode="wrap")
-            parts = split_step(indices, passes, encoded.labels.get("annotator"))
+            parts = split_step(indices, passes, encoded.labels.get("annotator"), lengths, config.batch_tokens,
+                               processes.count)
             finite = train_step(model, parameters, optimizer, encoded, parts, config, sums, processes)
             steps_since.append((indices, finite))
             tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import losses
 import train
-from conftest import perturb_experts
-from data import Tokenizer
+from conftest import encoded_of, perturb_experts
+from data import Tokenizer, pack
 from losses import ALONE, split_step
 from model import whole
 
@@ -22,8 +23,8 @@ METHODS = {
     "mix-dpo annotators": ("--lora_rank", 4, "--latent", "annotator", "--annotators", 12)}
 
 
-def step_of(method, parts, processes=ALONE, *flags):
-    """({parameter: gradient}, metrics) of one step of eight pairs in so many forward passes."""
+def step_of(method, parts, processes=ALONE, *flags, tokens=0):
+    """({parameter: gradient}, metrics) of one step of eight pairs in so many forward passes, or more by a budget."""
     config = train.parse_flags(["--method", method.split()[0], *map(str, METHODS[method]), "--device", "cpu", *flags])
     encoded, _ = train.load_data(config, Tokenizer(train.base_folder(config)))
     config = train.METHODS[config.method].settle(config, encoded.groups)
@@ -35,8 +36,9 @@ def step_of(method, parts, processes=ALONE, *flags):
     parameters, gradients, sums = train.trainable_parameters(model), {}, {}
     optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: gradients.update(
         (name, whole(parameter.grad).clone()) for name, parameter in parameters if parameter.grad is not None))
-    passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"))
-    assert len(passes) == parts
+    passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"),
+                        encoded.lengths(), tokens)
+    assert len(passes) > parts if tokens else len(passes) == parts
     train.train_step(model.train(), parameters, optimizer, encoded, passes, replace(config, grad_clip=0.0), sums,
                      processes)
     return gradients, processes.total(sums)
@@ -58,6 +60,13 @@ def test_a_step_in_two_passes_is_the_step_in_one(place, method):
     check_equal(step_of(method, 1), step_of(method, 2))
 
 
+@pytest.mark.parametrize("method", ("sft", "midpo", "pmol", "mix-dpo annotators"))
+def test_a_step_in_passes_of_few_tokens_is_the_step_in_one(place, method):
+    """Those whose losses are means over tokens, or whose pairs stay together; the passes are of unequal size."""
+    inputs_of(method)
+    check_equal(step_of(method, 1), step_of(method, 1, tokens=150))
+
+
 def check_equal(one, other):
     """Two results of `step_of`."""
     (whole, metrics), (split, others) = one, other
@@ -76,3 +85,33 @@ def test_an_annotators_pairs_stay_in_one_pass(annotators, passes):
     assert sorted(map(len, split)) == passes and sorted(np.concatenate(split)) == list(range(8))
     assert not set(numbers[split[0]]) & set(numbers[split[-1]]) or len(split) == 1
     assert [part.tolist() for part in split_step(np.arange(8), 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_pass_of_a_step_holds_more_than_its_tokens(seed):
+    """Beside their order nothing else changes: every pair is there once, and all processes have equally many passes."""
+    rng = np.random.default_rng(seed)
+    lengths, processes, annotator = rng.integers(1, 90, 60), 1 + seed % 3, rng.integers(0, 9, 60) if seed > 14 else None
+    encoded = encoded_of([(1, size - 1) for size in lengths])
+    indices, tokens = rng.permutation(60)[:24], int(rng.integers(20, 400))
+    passes = split_step(indices, processes, annotator, encoded.lengths(), tokens, processes)
+    assert sorted(np.concatenate(passes)) == sorted(indices)
+    held = max(pack(encoded, part).tokens.numel() for part in passes)
+    if annotator is None:
+        assert held <= max(tokens, lengths[indices].max()) and len(passes) % processes == 0
+        assert len(passes) <= processes + 2 * lengths[indices].sum() / tokens
+    else:
+        pairs_of = [indices[annotator[indices] == one] for one in set(annotator[indices])]
+        assert held <= max(tokens, *(pack(encoded, pairs).tokens.numel() for pairs in pairs_of)) or processes > 1
+        assert sum(len(set(annotator[part])) for part in passes) == len(pairs_of)
+
+
+def test_a_batch_without_gradients_holds_few_tokens_too(monkeypatch):
+    monkeypatch.setattr(losses, "PASS_TOKENS", 30)
+    encoded = encoded_of([(1, size) for size in (9, 9, 9, 9, 29, 9)])
+    for settings in ({}, {"longest_first": False}, {"together": np.array([0, 0, 1, 1, 1, 2])}):
+        parts, held = zip(*((indices.tolist(), batch.tokens.numel())
+                            for indices, batch in losses.batches(encoded, 6, "cpu", **settings)))
+        order = sum(parts, [])
+        assert sorted(order) == list(range(6)) and (order == sorted(order) or "longest_first" not in settings)
+        assert max(held) == (60 if "together" in settings else 30)  # pairs 2, 3 and 4 take two rows of 30
