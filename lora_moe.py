@@ -56,7 +56,8 @@ class Router(nn.Module):
 
 
 class ConstantRouter(Router):
-    """The same weights for every token: (K,), or (B, K) for each row. Plain LoRA is one expert with weight 1."""
+    """The same weights for every token: (K,), or (parts, K), one for each of so many equal parts of the rows. Plain LoRA
+    is one expert with weight 1."""
 
     def __init__(self, weights):
         weights = torch.as_tensor(weights, dtype=torch.float32)
@@ -66,7 +67,8 @@ class ConstantRouter(Router):
     def forward(self, x):
         if self.weights.dim() == 1:
             return self.weights
-        return self.weights.view(len(self.weights), *[1] * (x.dim() - 2), -1)           # (B, 1, K) for x (B, T, D)
+        rows = self.weights.repeat_interleave(len(x) // len(self.weights), 0)           # (B, K) for x (B, T, D)
+        return rows.view(len(x), *[1] * (x.dim() - 2), -1)                              # (B, 1, K)
 
 
 class SigmoidRouter(Router):
@@ -355,8 +357,8 @@ def wrap_linear(model, name, rank, alpha, num_experts=1, **settings):
 
 
 def use_expert(model, number):
-    """Route every row to this expert until changed. number: one for all rows, or (B,), one for each row."""
-    one_hot = F.one_hot(torch.as_tensor(number), count_experts(model)).float()          # (K,) or (B, K)
+    """Route every row to this expert until changed. number: one for all rows, or one for each of equal parts of them."""
+    one_hot = F.one_hot(torch.as_tensor(number), count_experts(model)).float()          # (K,) or (parts, K)
     for _, layer in expert_layers(model):
         assert isinstance(layer.router, ConstantRouter), "only whole experts can be chosen"
         layer.router.weights = one_hot.to(layer.base.weight.device)
@@ -373,8 +375,10 @@ def expert_logps(model, batch):
         one_hot = torch.eye(K, device=hidden.device)
         return torch.stack([sequence_logps(model, hidden, batch, partial(model.lm_head, weights=one_hot[k]))
                             for k in range(K)])
-    use_expert(model, torch.arange(K).repeat_interleave(len(batch.tokens)))
-    hidden = model(batch.tokens.repeat(K, 1), batch.positions.repeat(K, 1), batch.mask().repeat(K, 1, 1))
+    use_expert(model, torch.arange(K))                                                  # of K copies of the rows
+    copied = "tokens", "positions", "pair", "part"
+    rows = replace(batch, **{name: getattr(batch, name).repeat(K, 1) for name in copied})
+    hidden = model(rows.tokens, rows.positions, rows.mask())
     return torch.stack([sequence_logps(model, rows, batch) for rows in hidden.chunk(K)])
 
 

@@ -35,7 +35,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import DTYPES, UserError, first_line, read_json
+from model import DTYPES, UserError, dense_mask, first_line, read_json
 
 # Several processes: torchrun starts them, each has a copy of the model and does its part of every step
 
@@ -262,13 +262,18 @@ class Batch:
     def shape(self):
         return tuple(self.lengths.shape)
 
+    def visible(self):
+        """Function (row, head, query, key): a token sees its own prompt and its own response, up to itself."""
+        pair, part = self.pair, self.part
+
+        def visible(row, head, query, key):
+            same_part = (part[row, key] == 0) | (part[row, key] == part[row, query])
+            return (query >= key) & (pair[row, query] == pair[row, key]) & same_part
+        return visible
+
     def mask(self):
-        """(B, T, T) bool: a token sees its own prompt and its own response, up to itself."""
-        T = self.tokens.shape[1]
-        causal = torch.ones(T, T, dtype=torch.bool, device=self.tokens.device).tril()
-        same_pair = self.pair[:, :, None] == self.pair[:, None, :]
-        visible = (self.part[:, None, :] == 0) | (self.part[:, :, None] == self.part[:, None, :])
-        return causal & same_pair & visible
+        """`visible`, as the function on a GPU, where FlexAttention is fused, and as a (B, T, T) bool elsewhere."""
+        return self.visible() if self.tokens.is_cuda else dense_mask(self.visible(), *self.tokens.shape, self.tokens.device)
 
     def to(self, device):
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()

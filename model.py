@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
@@ -357,10 +358,37 @@ class KVCache:
         self.lengths, self.rows = [self.lengths[row] for row in rows], [*range(len(rows))]
 
 
+def dense_mask(visible, B, T, device):
+    """(B, T, T) bool of visible(row, head, query, key): whether in this row a query token may look at a key token."""
+    row, query, key = (torch.arange(size, device=device) for size in (B, T, T))
+    return visible(row[:, None, None], None, query[:, None], key)
+
+
+def within(window, visible, positions):
+    """`visible`, cut to keys that are less than `window` positions back."""
+    start = positions - window  # (B, T): kernels that capture tensors alone serve every window
+    return lambda row, head, query, key: visible(row, head, query, key) & (positions[row, key] > start[row, query])
+
+
+def compile_once(function, **options):
+    """torch.compile for all sizes of its tensors: once for a single row and once for more of them."""
+    torch._dynamo.config.specialize_float = True             # numbers are constants of the kernels
+    torch.fx.experimental._config.use_duck_shape = False     # sizes that are equal today may differ tomorrow
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True  # an ExpertLinear keeps router weights
+    return torch.compile(function, dynamic=True, **options)
+
+
+@cache
+def fused_flex_attention():
+    return compile_once(flex_attention)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer = config, layer
+        self.scale, cap = config.attention_scale or config.head_dim ** -0.5, config.attention_softcap
+        self.soft_cap = (lambda score, *_: cap * torch.tanh(score / cap)) if cap else None
         width, head = config.hidden_size, config.head_dim
         self.q_proj = nn.Linear(width, config.num_heads * head, bias=config.qkv_bias)
         self.k_proj = nn.Linear(width, config.num_kv_heads * head, bias=config.qkv_bias)
@@ -387,8 +415,11 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, query, key, value, mask):
-        """softmax(query·key) value; mask is (B, 1, T, S), True where a query may look, or None for causal."""
+        """softmax(query·key) value; mask is (B, 1, T, S), True where a query may look, a BlockMask, or None: causal."""
         B, H, T, C = query.shape
+        if isinstance(mask, BlockMask):  # autocast leaves RoPE's results in float32
+            flex = fused_flex_attention() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+            return flex(query.to(value.dtype), key.to(value.dtype), value, self.soft_cap, mask, self.scale, True)
         group = H // key.shape[1]
         causal = mask is None and T > 1
         if group > 1 and T == 1:  # one query per head: the heads that share a key become the query rows
@@ -399,13 +430,10 @@ class Attention(nn.Module):
         return self.attend_full(query, key, value, mask, causal)
 
     def attend_full(self, query, key, value, mask, causal):
-        config = self.config
-        scale = config.attention_scale or config.head_dim ** -0.5
-        if not config.attention_softcap:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale,
+        if not self.soft_cap:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale,
                                                   enable_gqa=key.shape[1] < query.shape[1])
-        scores = query @ key.transpose(2, 3) * scale                         # (B, H, T, S)
-        scores = config.attention_softcap * torch.tanh(scores / config.attention_softcap)
+        scores = self.soft_cap(query @ key.transpose(2, 3) * self.scale)     # (B, H, T, S)
         if causal:
             mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).tril()
         if mask is not None:
@@ -463,13 +491,16 @@ class Trunk(nn.Module):
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its tensors
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
-        config = self.config
         B, T = tokens.shape
         if cache is not None:
             positions = cache.extend(T, tokens.device)
         elif positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
-        x = self.embed_tokens(tokens)                                        # (B, T, D)
+        return self.run(tokens, positions, self.window_masks(positions, mask, cache), cache)
+
+    def run(self, tokens, positions, masks, cache=None):
+        """The layers: what --compile compiles. masks: of `window_masks`."""
+        config, x = self.config, self.embed_tokens(tokens)                   # (B, T, D)
         rope = None
         if config.scale_embedding:
             x = x * torch.tensor(config.hidden_size ** 0.5, dtype=x.dtype)
@@ -479,7 +510,6 @@ class Trunk(nn.Module):
             angle = positions[:, None, :, None] * rope_frequencies(config).to(x.device)
             rope = [torch.cat((sign * half, half), dim=-1).to(x.dtype)        # (B, 1, T, C)
                     for sign, half in ((1, angle.cos()), (-1, angle.sin()))]
-        masks = self.window_masks(positions, mask, cache)
         for block, window in zip(self.layers, config.windows):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, rope, masks[window], cache, use_reentrant=False)
@@ -488,12 +518,18 @@ class Trunk(nn.Module):
         return self.norm(x)
 
     def window_masks(self, positions, mask, cache):
-        """{window: mask (B, 1, T, S) or None for plain causal}: the caller's mask, cut to each window in use."""
-        T, keys = positions.shape[1], positions                              # keys: (B, S)
+        """{window: mask (B, 1, T, S), BlockMask, or None for plain causal}: the caller's mask, cut to each window in
+        use."""
+        (B, T), keys, device = positions.shape, positions, positions.device  # keys: (B, S)
         S = T if cache is None else cache.end
         windows = {window for window in self.config.windows if 0 < window < S}  # one of S or more cuts nothing
+        if callable(mask) and positions.is_cuda and self.config.head_dim < 16:  # FlexAttention's kernels want more
+            mask = dense_mask(mask, B, T, device)
+        if callable(mask):
+            return {window: create_block_mask(within(window, mask, positions) if window in windows else mask,
+                                              B, None, T, T, device) for window in {*self.config.windows}}
         if cache is not None:
-            keys = torch.arange(S, device=positions.device)[None]
+            keys = torch.arange(S, device=device)[None]
         even = cache is None or len({cache.lengths[row] for row in cache.rows}) == 1
         if mask is None and (T > 1 and (windows or S > T) or not even):
             mask = keys[:, None, :] <= positions[:, :, None]                 # (B, T, S)
@@ -523,7 +559,8 @@ class Transformer(nn.Module):
         """tokens (B, T) -> hidden (B, T, D).
 
         positions (B, T): the place of each token in its own sequence; default 0 … T-1, with a cache those after it.
-        mask (B, T, S) bool: True where a query token may look at a key token; default causal.
+        mask (B, T, S) bool: True where a query token may look at a key token; default causal. A function (row, head,
+        query, key) of it goes to FlexAttention, which skips what no token sees.
         """
         return self.model(tokens, positions, mask, cache)
 

@@ -9,7 +9,6 @@ import json
 import math
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,8 @@ from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, 
                       save_trained, set_routers, trainable_parameters, use_expert)
 from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, content_hash, encode_pairs, epoch_order,
                     files_hash, one_line_if_lost, pack, policy_logps, precision, show_pair, split_step)
-from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, find_folder, is_part, read_config, shard,
-                   whole, write_text)
+from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, compile_once, find_folder, is_part,
+                   read_config, shard, whole, write_text)
 
 # A method: what it consists of, and the forward pass and builder of most of them
 
@@ -983,8 +982,9 @@ def run_locked(config, processes, lock):
             pairs.labels["reference"] = reference_logps(model, pairs, config, processes).numpy()
     perturb_experts(model, config.expert_noise, config.seed)
     if config.compile:
-        model.model.compile()
+        model.model.run = compile_once(model.model.run)
     train(model, encoded, held_out, config, work, processes)
+    vars(model.model).pop("run", None)  # the class's own again: answers grow by the token
     trained = time.perf_counter()
     finish(model, tokenizer, encoded, held_out, config, base, work, processes)
     done = time.perf_counter()
@@ -1011,9 +1011,8 @@ def show_answers(model, tokenizer, config, base, work):
     if hasattr(model, "reshard"):
         model = load_trained(work, base, next(model.parameters()).dtype, config.device)
     start = load_start({**asdict(config), "base": base}, device=config.device)
-    with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():  # shapes grow by the token
-        report, samples = evaluate_run(model, start, tokenizer, work, config.eval_split, config.seed,
-                                       config.temperature, preferences=config.preferences if config.on_toy else ())
+    report, samples = evaluate_run(model, start, tokenizer, work, config.eval_split, config.seed, config.temperature,
+                                   preferences=config.preferences if config.on_toy else ())
     print("", samples, toy.closing_tables({config.method: report}), sep="\n\n")
 
 

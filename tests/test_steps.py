@@ -23,24 +23,29 @@ METHODS = {
     "mix-dpo annotators": ("--lora_rank", 4, "--latent", "annotator", "--annotators", 12)}
 
 
-def step_of(method, parts, processes=ALONE, *flags, tokens=0):
-    """({parameter: gradient}, metrics) of one step of eight pairs in so many forward passes, or more by a budget."""
-    config = train.parse_flags(["--method", method.split()[0], *map(str, METHODS[method]), "--device", "cpu", *flags])
+def ready(method, *flags, device="cpu", processes=ALONE):
+    """(config, model, encoded pairs) of a run as they are before its first step; experts have moved, as if trained."""
+    flags = "--method", method.split()[0], *METHODS[method], *flags
+    config = train.parse_flags([*map(str, flags), "--device", device])
     encoded, _ = train.load_data(config, Tokenizer(train.base_folder(config)))
     config = train.METHODS[config.method].settle(config, encoded.groups)
     model = train.load_model(config, train.base_folder(config), encoded.groups, processes)
     train.METHODS[config.method].prepare(model, encoded, config)
     if train.METHODS[config.method].reference:
         encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
-    perturb_experts(model, 0.05, 3)
+    return config, perturb_experts(model, 0.05, 3).train(), encoded
+
+
+def step_of(method, parts, processes=ALONE, *flags, tokens=0, device="cpu"):
+    """({parameter: gradient}, metrics) of one step of eight pairs in so many forward passes, or more by a budget."""
+    config, model, encoded = ready(method, *flags, device=device, processes=processes)
     parameters, gradients, sums = train.trainable_parameters(model), {}, {}
     optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: gradients.update(
         (name, whole(parameter.grad).clone()) for name, parameter in parameters if parameter.grad is not None))
     passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"),
                         encoded.lengths(), tokens)
     assert len(passes) > parts if tokens else len(passes) == parts
-    train.train_step(model.train(), parameters, optimizer, encoded, passes, replace(config, grad_clip=0.0), sums,
-                     processes)
+    train.train_step(model, parameters, optimizer, encoded, passes, replace(config, grad_clip=0.0), sums, processes)
     return gradients, processes.total(sums)
 
 
