@@ -964,8 +964,7 @@ def part_like(tensor, like):
     if not is_part(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    part = distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
-    return part.clone()  # it is a view, which would keep all rows
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # None: nothing is sent
 
 
 def load_weights(model, folder, dtype, device):
