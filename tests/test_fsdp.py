@@ -5,6 +5,7 @@ test_processes.py compares the gradients of every method.
 """
 import gc
 import json
+import math
 import signal
 from pathlib import Path
 
@@ -26,6 +27,7 @@ RUNS = {"all weights": ("--method", "safedpo", "--eval_every", 3), "lora": ("--m
 BFLOAT16 = ("--method", "dpo", "--dtype", "bfloat16", "--checkpointing")
 DEEP = {**toy.MODEL, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8}
 SHARED = ("--lr", 1e-4, "--max_steps", 6, "--log_every", 1)
+batch_loss = train.batch_loss
 
 
 def flags_of(name, *flags):
@@ -62,6 +64,9 @@ def test_sharded_runs_are_those_of_one_process(quick, monkeypatch):
     run("begun by two", *flags_of("all weights"), "--resume")
     check_same(Path("out/begun by two"), Path("out/all weights whole"))
     check_same(Path("out/bfloat16"), Path("out/bfloat16 whole"))
+    assert [row.get("skipped", 0) for row in timeless(Path("out/skipped"))] == [0, 1, 0, 0, 0, 0]
+    skipped = load_file("out/skipped/model/model.safetensors")
+    assert all(weight.isfinite().all() for weight in skipped.values())
     sizes = {name: 4 * weight.numel() for name, weight in shape.named_parameters()}
     total, embedding = sum(sizes.values()), sizes["model.embed_tokens.weight"]
     for one in report:  # while a tensor is read, the one before it is still there
@@ -107,6 +112,10 @@ def work(patch, processes):
     run("begun by one", *flags_of("all weights"), "--batch_size", 4, "--fsdp", "--resume")
     for out, flags in (("bfloat16", ("--fsdp",)), ("bfloat16 whole", ())):
         run(out, *BFLOAT16, *SHARED, "--batch_size", 4, *flags)
+    with patch.context() as one_run:  # in its second pass, the second process computes a loss that is not finite
+        scales = iter([1.0, math.nan if processes.rank else 1.0] + [1.0] * 100)
+        one_run.setattr(train, "batch_loss", lambda *args: [batch_loss(*args)[0] * next(scales), {}])
+        run("skipped", *flags_of("all weights"), "--batch_size", 4, "--fsdp")
     with patch.context() as one_run:
         interrupt_at(one_run, 3, signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
