@@ -56,8 +56,8 @@ class Router(nn.Module):
 
 
 class ConstantRouter(Router):
-    """The same weights for every token: (K,), or (parts, K), one for each of so many equal parts of the rows. Plain LoRA
-    is one expert with weight 1."""
+    """The same weights for every token: (K,), or (parts, K), one for each of so many equal parts of the rows. Plain
+    LoRA is one expert with weight 1."""
 
     def __init__(self, weights):
         weights = torch.as_tensor(weights, dtype=torch.float32)
@@ -357,11 +357,12 @@ def wrap_linear(model, name, rank, alpha, num_experts=1, **settings):
 
 
 def use_expert(model, number):
-    """Route every row to this expert until changed. number: one for all rows, or one for each of equal parts of them."""
-    one_hot = F.one_hot(torch.as_tensor(number), count_experts(model)).float()          # (K,) or (parts, K)
+    """Route every row to this expert until changed. number: one for all rows, or for each of equal parts of them."""
+    number = torch.as_tensor(number, device=model.model.embed_tokens.weight.device)
+    one_hot = (number[..., None] == torch.arange(count_experts(model), device=number.device)).float()  # (…, K)
     for _, layer in expert_layers(model):
         assert isinstance(layer.router, ConstantRouter), "only whole experts can be chosen"
-        layer.router.weights = one_hot.to(layer.base.weight.device)
+        layer.router.weights = one_hot
 
 
 def expert_logps(model, batch):
@@ -375,7 +376,7 @@ def expert_logps(model, batch):
         one_hot = torch.eye(K, device=hidden.device)
         return torch.stack([sequence_logps(model, hidden, batch, partial(model.lm_head, weights=one_hot[k]))
                             for k in range(K)])
-    use_expert(model, torch.arange(K))                                                  # of K copies of the rows
+    use_expert(model, torch.arange(K, device=batch.tokens.device))                      # of K copies of the rows
     copied = "tokens", "positions", "pair", "part"
     rows = replace(batch, **{name: getattr(batch, name).repeat(K, 1) for name in copied})
     hidden = model(rows.tokens, rows.positions, rows.mask())

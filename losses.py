@@ -254,6 +254,7 @@ class Batch:
     owner: torch.Tensor      # (M,) flat index into (N, R): the response that the token belongs to
     last: torch.Tensor       # (N, R) flat position of each response's last token
     lengths: torch.Tensor    # (N, R) response tokens
+    inside: torch.Tensor     # (tokens,) flat positions of what is not padding
     labels: dict             # name -> (N,)
     scale: dict              # unit of `Encoded.counts` -> factor of means over it, with which the mean of a step's
     #                          batches, weighted by their pairs, is the mean over the step
@@ -272,13 +273,18 @@ class Batch:
         return visible
 
     def mask(self):
-        """`visible`, as the function on a GPU, where FlexAttention is fused, and as a (B, T, T) bool elsewhere."""
-        return self.visible() if self.tokens.is_cuda else dense_mask(self.visible(), *self.tokens.shape, self.tokens.device)
+        """`visible`: on a GPU, where FlexAttention is fused, the function itself, elsewhere its (B, T, T) bool."""
+        visible, tokens = self.visible(), self.tokens
+        return visible if tokens.is_cuda else dense_mask(visible, *tokens.shape, tokens.device)
 
     def to(self, device):
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()
-                 if isinstance(value, torch.Tensor)}
-        return replace(self, **moved, labels={name: value.to(device) for name, value in self.labels.items()})
+        """The batch on a device; a GPU gets it from pinned memory, while it goes on computing."""
+        def moved(values):
+            tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+            if torch.device(device).type == "cuda":
+                tensors = {name: value.pin_memory() for name, value in tensors.items()}
+            return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
+        return replace(self, **moved(vars(self)), labels=moved(self.labels))
 
 
 def first_fit(lengths, capacity):
@@ -334,10 +340,13 @@ def pack(encoded, indices, step=None):
     flat = (torch.from_numpy(np.concatenate(pieces)) for pieces in (predictor, target, owner))
     here = encoded.counts(indices)
     step = step or here
+    # PMoL's soft loss is a mean over all tokens in which those without a group count 0
+    scaled = {unit: here["tokens" if unit == "grouped" else unit] for unit in here}
     return Batch(*map(torch.from_numpy, (tokens, positions, pair, part)), *flat, last=torch.from_numpy(last),
+                 inside=torch.from_numpy(np.flatnonzero(pair >= 0)),
                  lengths=torch.from_numpy(np.diff(encoded.bounds[indices], axis=1)[:, 1:]),
                  labels={name: torch.from_numpy(values[indices]) for name, values in encoded.labels.items()},
-                 scale={unit: here[unit] / max(1, step[unit]) * (step["pairs"] / here["pairs"]) for unit in here})
+                 scale={unit: scaled[unit] / max(1, step[unit]) * (step["pairs"] / here["pairs"]) for unit in here})
 
 
 def batches(encoded, batch_size, device, longest_first=True, together=None, processes=ALONE):
@@ -386,9 +395,9 @@ def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
 
 def split_step(indices, parts, annotator=None, lengths=None, tokens=0, multiple=1):
     """The pairs of an optimiser step in so many forward passes of equal size. With a budget of tokens, there are
-    `multiple` more at a time until each holds at most that, or what the longest pair has. lengths (count,): of the pairs;
-    annotator (count,): one with a latent expert has all pairs of the step in one pass, so there may be fewer passes, of
-    unequal size."""
+    `multiple` more at a time until each holds at most that, or what the longest pair has. lengths (count,): of the
+    pairs; annotator (count,): one with a latent expert has all pairs of the step in one pass, so there may be fewer
+    passes, of unequal size."""
     if annotator is not None or tokens:
         indices = indices[np.argsort((-lengths if annotator is None else annotator)[indices], kind="stable")]
     sizes = lengths[indices] if tokens else np.ones(len(indices))
@@ -458,7 +467,7 @@ def sequence_logps(model, hidden, batch, head=None):
     if states.requires_grad and not any(p.requires_grad for p in model.lm_head.parameters()):
         compute = partial(FrozenHeadLogps.apply, partial(model.logits, head=head))
     else:
-        compute = partial(checkpoint, token_logps, use_reentrant=False)
+        compute = partial(checkpoint, token_logps, use_reentrant=False, preserve_rng_state=False)
     pieces = [compute(chunk, target) for chunk, target in zip(states.split(rows), batch.target.split(rows))]
     sums = torch.zeros(batch.shape, dtype=torch.float32, device=hidden.device)
     if not pieces:
@@ -581,14 +590,12 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
     else:
         prior, evidence, count = log_gate, fit, 1
         if annotator is not None:
-            owner, count = annotator.unique(return_inverse=True, return_counts=True)[1:]
-            sums = fit.new_zeros(len(count), fit.shape[1])                    # (annotators, K)
-            prior = (sums.index_add(0, owner, log_gate) / count[:, None]).log_softmax(-1)
-            evidence = sums.index_add(0, owner, fit)
+            same = (annotator[:, None] == annotator).to(fit.dtype)            # (N, N)
+            count = same.sum(-1, keepdim=True)                                # (N, 1) pairs of this one's annotator
+            prior, evidence = (same @ log_gate / count).log_softmax(-1), same @ fit
         log_q = ((prior + evidence).detach() / q_temperature).log_softmax(-1)
         q = log_q.exp()
-        loss = (q * (log_q - prior - evidence)).sum(-1) * (len(q) / len(fit))  # mean over pairs, not annotators
-        q = q if annotator is None else q[owner]
+        loss = (q * (log_q - prior - evidence) / count).sum(-1)               # annotators add up over their pairs
     gate = log_gate.detach().exp()
     likelihood = (log_gate + fit).detach().logsumexp(-1)
     metrics = {"log_likelihood": likelihood.mean(), "rewards/margins": (gate * margins.detach()).sum(-1).mean(),

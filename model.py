@@ -43,6 +43,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "generation_config.json")
 
 
+# TF32, which NVIDIA's containers turn on, rounds products to three digits: log-probs add up hundreds of tokens
+torch.set_float32_matmul_precision("highest")
+
+
 class UserError(Exception):
     """A mistake of the person at the keyboard: shown as one line, without a traceback."""
 
@@ -489,6 +493,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = make_norm(config)
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its tensors
+        self.frequencies = None     # of `rope_frequencies`, on the device of the tokens
 
     def forward(self, tokens, positions=None, mask=None, cache=None):
         B, T = tokens.shape
@@ -496,6 +501,8 @@ class Trunk(nn.Module):
             positions = cache.extend(T, tokens.device)
         elif positions is None:
             positions = torch.arange(T, device=tokens.device).expand(B, T)
+        if self.frequencies is None or self.frequencies.device != tokens.device:
+            self.frequencies = rope_frequencies(self.config).to(tokens.device)
         return self.run(tokens, positions, self.window_masks(positions, mask, cache), cache)
 
     def run(self, tokens, positions, masks, cache=None):
@@ -507,12 +514,12 @@ class Trunk(nn.Module):
         if config.learned_positions:
             x = x + self.embed_positions(positions)
         else:
-            angle = positions[:, None, :, None] * rope_frequencies(config).to(x.device)
+            angle = positions[:, None, :, None] * self.frequencies
             rope = [torch.cat((sign * half, half), dim=-1).to(x.dtype)        # (B, 1, T, C)
                     for sign, half in ((1, angle.cos()), (-1, angle.sin()))]
         for block, window in zip(self.layers, config.windows):
             if self.checkpointing and self.training:
-                x = checkpoint(block, x, rope, masks[window], cache, use_reentrant=False)
+                x = checkpoint(block, x, rope, masks[window], cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rope, masks[window], cache)
         return self.norm(x)

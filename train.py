@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -154,7 +154,7 @@ def spe_dpo(logps, reference, batch, config):
 
 def routed_logps(model, batch):
     """Log-probs of a packed batch, (N, R), and the router weights of that pass at its tokens: (L, tokens, slots)."""
-    return policy_logps(model, batch), router_weights(model, batch.pair.flatten() >= 0)
+    return policy_logps(model, batch), router_weights(model, batch.inside)
 
 
 def build_midpo(config, model, groups):
@@ -245,15 +245,19 @@ def build_pmol(config, model, groups):
                                                     "temperature": config.router_temperature})
 
 
+@cache
+def soft_targets(config, device):
+    """`group_targets` on a device, with a last row of zeros: tokens of group -1 count 0 in the soft loss."""
+    target = losses.group_targets(len(config.groups), config.experts, config.soft_constraint)
+    return torch.cat([target, torch.zeros_like(target[:1])]).to(device)
+
+
 def pmol(outputs, reference, batch, config):
     logps, weights = outputs
     loss, metrics = dpo(logps, reference, batch, config)
-    target = losses.group_targets(len(config.groups), config.experts, config.soft_constraint).to(weights.device)
-    pair = batch.pair.flatten()
-    group = batch.labels["group"][pair[pair >= 0]]                                      # (tokens,); -1: no preference
-    soft = weights.new_zeros(())
-    if (group >= 0).any():
-        soft = losses.expert_group_soft_loss(weights[:, group >= 0], group[group >= 0], target) * batch.scale["grouped"]
+    group = batch.labels["group"][batch.pair.flatten()[batch.inside]]                   # (tokens,); -1: no preference
+    target = soft_targets(config, weights.device)
+    soft = losses.expert_group_soft_loss(weights, group, target) * batch.scale["grouped"]
     weights, scale = weights.detach(), batch.scale["tokens"]
     return loss + config.egs_weight * soft, {
         **metrics, "router/soft_loss": soft.detach(),
