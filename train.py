@@ -406,7 +406,7 @@ class Config:
     dtype: str = setting(lambda v: "bfloat16" if v["low_memory"] else "float32",
                          "of the forward pass and frozen weights", "machine", ("float32", "bfloat16"))
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps, …", free=True)
-    compile: bool = setting(False, "torch.compile the model", free=True)
+    compile: bool = setting(False, "torch.compile the layers, twice at most whatever the batches", free=True)
     fsdp: bool = setting(False, "split the weights over the processes of torchrun (FSDP)", free=True)
     checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time", free=True)
     low_memory: bool = setting(False, "train all weights in 6 bytes each instead of 16: they and AdamW's moments are "

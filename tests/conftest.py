@@ -285,10 +285,10 @@ def quick(place, monkeypatch):
     return place
 
 
-def run(out, *flags):
+def run(out, *flags, device="cpu"):
     """Train; returns the run folder."""
     out = f"out/{out}"
-    train.main([*map(str, flags), "--out", out, "--device", "cpu"])
+    train.main([*map(str, flags), "--out", out, "--device", device])
     return Path(out)
 
 
