@@ -304,7 +304,8 @@ def row_length(lengths):
     """Tokens per row for these items: those of the longest, or up to a quarter more where rows then hold less padding.
     Attention's share of a token's cost, which grows with the row, is about T / (T + 1000)."""
     longest = max(lengths)
-    return min(range(longest, longest * 5 // 4 + 1), key=lambda T: first_fit(lengths, T)[1] * T * (T + 1000))
+    tried = range(longest, longest * 5 // 4 + 1, longest // 64 or 1)  # to try all takes as long as a step on a GPU
+    return min(tried, key=lambda T: first_fit(lengths, T)[1] * T * (T + 1000))
 
 
 def pack(encoded, indices, step=None):
