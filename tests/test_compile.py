@@ -24,7 +24,7 @@ def twice_at_most():
 
 
 @pytest.mark.parametrize("method, checkpointing, backend", (  # to make kernels takes minutes: these record the graphs
-    ("safedpo", False, "eager"), ("midpo", True, "aot_eager"), ("pmol", False, "eager"), ("moe-dpo", True, "eager")))
+    ("safedpo", False, "eager"), ("midpo", True, "eager"), ("pmol", False, "eager"), ("moe-dpo", True, "aot_eager")))
 def test_batches_of_all_shapes_take_two_compilations(place, method, checkpointing, backend):
     inputs_of(method)
     config, model, encoded = ready(method, *["--checkpointing"] * checkpointing)
@@ -58,12 +58,12 @@ def test_rows_that_are_as_many_as_they_are_long_are_not_compiled_apart():
             torch.testing.assert_close(policy_logps(model, batch), logps, rtol=1e-5, atol=1e-5)
 
 
-def test_a_compiled_run_is_the_run(place, monkeypatch):
+def test_a_compiled_run_is_the_run(quick, monkeypatch):
     """Also its measurements, without gradients, and its answers, which are not compiled."""
     compiled = []
     monkeypatch.setattr(train, "compile_once", lambda function: compiled.append(1) or partial(
         compile_once, backend="eager")(function))
-    flags = "--method", "safedpo", "--lora_rank", 4, "--max_steps", 5, "--lr", 1e-3
+    flags = "--method", "safedpo", "--lora_rank", 4, "--max_steps", 2, "--lr", 1e-3
     with torch._dynamo.config.patch(recompile_limit=8):
         outs = [run(name, *flags, *extra) for name, extra in (("plain", ()), ("compiled", ("--compile",)))]
     assert compiled == [1] and files_of(outs[0]) == files_of(outs[1])
