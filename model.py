@@ -266,23 +266,6 @@ def as_ids(value):
     return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-class UnitRMS(torch.autograd.Function):
-    """x / rms(x), computed in float32: on a CPU autograd's own way reads and keeps several times as much."""
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        width, x32 = x.shape[-1], x.float()
-        scale = (torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / width + eps).rsqrt()
-        ctx.save_for_backward(x, scale)
-        return x32 * scale
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, scale = ctx.saved_tensors
-        slope = torch.linalg.vecdot(gradient, x.float())[..., None] * scale.square() / -x.shape[-1]
-        return torch.addcmul(gradient, x.float(), slope).mul_(scale).to(x.dtype), None
-
-
 class RMSNorm(nn.Module):
     def __init__(self, width, eps, offset=0.0):
         super().__init__()
@@ -290,7 +273,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x):
-        normed = UnitRMS.apply(x, self.eps) if x.is_cpu else F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
+        normed = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
         if self.offset:
             return (normed * (self.offset + self.weight.float())).to(x.dtype)
         return normed.to(x.dtype) * self.weight.to(x.dtype)  # llama rounds before it multiplies, gemma after

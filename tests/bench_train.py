@@ -32,7 +32,6 @@ from torch.utils.checkpoint import checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import losses  # noqa: E402
-import model as model_file  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from data import Tokenizer  # noqa: E402
@@ -145,6 +144,13 @@ def tokens_of(encoded, order, config):
     return np.array(rows, dtype=float).T
 
 
+def rounded(value):
+    """The same with five significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(one) for name, one in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def bench_train(work, device, epochs, peer):
     """One run of train.py on a work folder, and the peer's after it: a JSON line."""
     cuda, model = device.startswith("cuda"), read_config(work / "model")
@@ -165,7 +171,7 @@ def bench_train(work, device, epochs, peer):
     flops = len(rows) * sum(2 * rows * width * out * number for rows, width, out, number in shapes) + attention
     pairs = len(encoded) * epochs
     report = {"pairs": len(encoded), "epochs": epochs, "device": device, "dtype": dtype, "threads": torch.get_num_threads(),
-              "process_s": ours["wall_s"], "loop_s": step_s.sum(), "process_pairs_per_s": pairs / ours["wall_s"],
+              "process_s": ours["wall_s"], "loop_s": float(step_s.sum()), "process_pairs_per_s": pairs / ours["wall_s"],
               "loop_pairs_per_s": pairs / step_s.sum(), "median_step_s": float(np.median(step_s)),
               "peak_mib": ours["peak_mib"], "tokens": int(real.sum()), "tokens_in_rows": int(packed.sum()),
               "tokens_padded_unshared": int(padded.sum()), "model_gflops_per_s": flops / step_s.sum() / 1e9,
@@ -179,7 +185,7 @@ def bench_train(work, device, epochs, peer):
         report |= {"process_ratio": theirs["wall_s"] / ours["wall_s"], "loop_ratio": theirs["loop_s"] / step_s.sum(),
                    "memory_ratio": ours["peak_mib"] / theirs["peak_mib"],
                    "first_loss_difference": abs(theirs["first_loss"] - rows[0]["loss"])}
-    print(json.dumps(report, default=float))
+    print(json.dumps(rounded(report)))
 
 
 # Steps of train.py in a process of their own, with something switched off
@@ -242,10 +248,16 @@ def unfrozen(state):
     state["model"].requires_grad_(True)
 
 
+class LoopedAdamW(torch.optim.AdamW):
+    def step(self):
+        self.found_inf = None  # which the fused one alone reads
+        super().step()
+
+
 def looped_optimizer(state):
-    keys = ("params", "weight_decay", "factor")
-    groups = [{key: group[key] for key in keys} for group in state["optimizer"].param_groups]
-    state["optimizer"] = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), foreach=False)
+    groups = [{key: group[key] for key in ("params", "weight_decay", "factor")}
+              for group in state["optimizer"].param_groups]
+    state["optimizer"] = LoopedAdamW(groups, lr=1e-5, betas=(0.9, 0.95), foreach=False)
 
 
 def by_length(state):
@@ -254,10 +266,6 @@ def by_length(state):
 
 def one_to_a_row(lengths, capacity):
     return [(i, 0) for i in range(len(lengths))], len(lengths)
-
-
-def plain_rms(x, eps):
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps)
 
 
 ABLATIONS = {  # name: a change of the state or the code, or flags
@@ -270,8 +278,7 @@ ABLATIONS = {  # name: a change of the state or the code, or flags
     "logits in one chunk": switch(losses, "CHUNK_BYTES", 1 << 40),
     "reference at every step": reference_again,
     "gradients of frozen weights": unfrozen,
-    "AdamW in a loop, not fused": looped_optimizer,
-    "autograd's RMSNorm": switch(model_file.UnitRMS, "apply", plain_rms),
+    "AdamW in a loop": looped_optimizer,
     "freed memory given back": switch(train, "keep_freed_memory", lambda: None),
     "with pairs of like length in a batch": by_length,
     "with bfloat16": ("--dtype", "bfloat16"),
@@ -281,19 +288,19 @@ ABLATIONS = {  # name: a change of the state or the code, or flags
 
 def child(work, change="all of it", flags=()):
     """The steps of train.py over the pairs of a work folder, twice: prints the seconds of the second time."""
-    change, torch_flags = ABLATIONS[change], ("--device", "cpu")
-    config = train.parse_flags([*FLAGS, "--model", f"{work}/model", "--data", f"{work}/pairs.jsonl", *torch_flags,
+    torch.set_flush_denormal(True)  # before there are threads, which take it over; they would not later
+    change = ABLATIONS[change]
+    config = train.parse_flags([*FLAGS, "--model", f"{work}/model", "--data", f"{work}/pairs.jsonl", "--device", "cpu",
                                 *flags, *(() if callable(change) else change)])
     encoded, _ = train.load_data(config, Tokenizer(config.model, config.template))
     config = train.METHODS[config.method].settle(config, encoded.groups)
-    model = train.load_model(config, Path(config.model), encoded.groups).train()
-    encoded.labels["reference"] = np.zeros((len(encoded), 2), dtype=np.float32)
-    parameters = train.trainable_parameters(model)
+    model = train.load_model(config, Path(config.model), encoded.groups)
+    encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
+    parameters = train.trainable_parameters(model.train())
     state = {"model": model, "encoded": encoded, "optimizer": train.make_optimizer(parameters, config),
              "order": train.training_order(encoded, config)[:len(encoded)]}
     if callable(change):
         change(state)
-    torch.set_flush_denormal(True)
     train.keep_freed_memory()
     if config.compile:
         model.model.compile()
@@ -302,7 +309,7 @@ def child(work, change="all of it", flags=()):
         for indices in np.split(state["order"], range(8, len(encoded), 8)):
             train.train_step(model, parameters, state["optimizer"], encoded, [indices], config, sums)
         seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-    print(json.dumps({**seconds, "loss": float(sums["loss"]), "tokens": int(encoded.lengths().sum())}))
+    print(json.dumps({**seconds, "tokens": int(encoded.lengths().sum())}))
 
 
 def compare(rounds, runs, clock):
