@@ -303,7 +303,7 @@ def child(work, change="all of it", flags=()):
         change(state)
     train.keep_freed_memory()
     if config.compile:
-        model.model.compile()
+        model.model.run = train.compile_once(model.model.run)
     for _ in range(2):
         start, cpu, sums = time.perf_counter(), time.process_time(), {}
         for indices in np.split(state["order"], range(8, len(encoded), 8)):
