@@ -493,8 +493,8 @@ def judge_metrics(verdicts, answers, baseline):
 
 
 def judge_answers(prompts, answers, baseline, args, out):
-    """({row: metrics} by the judge behind --judge, what it was asked for). With --judge_dry_run the requests are written
-    to a file and none is asked."""
+    """({row: metrics} by the judge behind --judge, what it was asked for). With --judge_dry_run the requests are
+    written to a file and none is asked."""
     requests = judge_requests(prompts, answers, baseline)
     if args.judge_dry_run:
         texts = [text for text, _ in requests.values()]

@@ -564,11 +564,13 @@ def cuts(sizes, parts, tokens=0, multiple=1, units=None):
     total = np.cumsum(sizes)[ends - 1]
     middle = total - np.diff(total, prepend=0) / 2
     tokens = tokens and max(tokens, *map(padded, np.split(sizes, ends[:-1])))
-    parts += -(-max(0, total[-1] / tokens - parts) // multiple) * multiple if tokens else 0  # fewer can not be enough
-    for count in range(min(int(parts), len(ends)), len(ends) + 1, multiple):
-        before = np.arange(1, count)
-        units_before = np.maximum.accumulate((np.searchsorted(middle, total[-1] * before / count) - before).clip(0))
-        at = ends[units_before.clip(max=len(ends) - count) + before - 1]
+    if tokens:  # fewer parts than this can not be enough
+        parts += math.ceil(max(0, total[-1] / tokens - parts) / multiple) * multiple
+    for count in range(min(parts, len(ends)), len(ends) + 1, multiple):
+        cut = np.arange(1, count)
+        before = np.searchsorted(middle, total[-1] * cut / count)  # units before each cut, for equal shares
+        before = cut + np.maximum.accumulate((before - cut).clip(0)).clip(max=len(ends) - count)  # one in each part
+        at = ends[before - 1]
         if not tokens or all(padded(part) <= tokens for part in np.split(sizes, at)):
             break
     return at
@@ -728,8 +730,8 @@ def alarms(rows):
     found = {}
     chosen, rejected, accuracy = map(last, ("rewards/chosen", "rewards/rejected", "rewards/accuracies"))
     if all(max(values) < -1 and values[-1] < values[0] for values in (chosen, rejected)):
-        found["falling"] = (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower --lr, "
-                            "a higher --beta, fewer --epochs, or --method sft on them first")
+        found["falling"] = (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower "
+                            "--lr, a higher --beta, fewer --epochs, or --method sft on them first")
     if len(rows) >= 2 * LONG and abs(sum(accuracy) / LONG - 0.5) < 0.05:
         found["stuck"] = ("the accuracy stays at 0.5: try a higher --lr; see in tokens.txt what the model reads, and "
                           "whether the labels contradict each other")

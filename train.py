@@ -450,7 +450,8 @@ UNREAD = (
     (("low_memory",), lambda v: v["lora_rank"] or v["init_adapter"] or v["share"],
      "it is for training all weights (--lora_rank 0); experts stay in float32"),
     (("dtype",), lambda v: v["low_memory"] and v["dtype"] == "float32", "--low_memory has bfloat16 weights"),
-    (("grad_accum", "grad_clip", "batch_tokens"), lambda v: v["low_memory"], "--low_memory uses a gradient as it comes and keeps none"),
+    (("grad_accum", "grad_clip", "batch_tokens"), lambda v: v["low_memory"],
+     "--low_memory uses a gradient as it comes and keeps none"),
     (("fsdp",), lambda v: v["low_memory"], "--low_memory is for weights that one process holds"),
     (("annotators",), lambda v: v["data"] != ("toy",) or not v["groups"], "only toy preferences have annotators"),
     (("harmful_share",), lambda v: v["data"] != ("toy",) or v["groups"], "only toy data without --groups has it"),
@@ -885,8 +886,8 @@ class RunLog:
                 bar.write(f"step skipped, its loss or gradient is not finite: pairs {', '.join(map(str, pairs))}")
             if self.skipped == SKIPPED_IN_A_ROW:
                 raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, up to about step "
-                                f"{row['step']}: try a lower --lr, or look at these pairs; a checkpoint has the weights "
-                                "before them")
+                                f"{row['step']}: try a lower --lr, or look at these pairs; a checkpoint has the "
+                                "weights before them")
         if not self.first:
             return
         self.rows.append(row)

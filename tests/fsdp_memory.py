@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-import toy
-import train
-from conftest import encoded_of
-from lora_moe import add_experts
-from losses import Processes
-from model import DTYPES, ModelConfig, Transformer
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import toy  # noqa: E402
+import train  # noqa: E402
+from conftest import encoded_of  # noqa: E402
+from lora_moe import add_experts  # noqa: E402
+from losses import Processes  # noqa: E402
+from model import DTYPES, ModelConfig, Transformer  # noqa: E402
 
 LLAMA = {"1B": (2048, 8192, 16, 64), "8B": (4096, 14336, 32, 128), "70B": (8192, 28672, 80, 128)}
 COUNTS = (1, 2, 8, 32)  # processes
@@ -40,7 +41,8 @@ def memory(model, processes, width):
 
 
 def table():
-    """GB of a step for each size, LoRA of rank 16 on all linear layers over bfloat16, and all weights."""
+    """GB of a step for each size: LoRA of rank 16 on all linear layers over bfloat16, all weights, and on one process
+    all weights with --low_memory, where beside 6 bytes a weight the gradient of one matrix is there."""
     for name, (hidden, inner, layers, head) in LLAMA.items():
         shape = ModelConfig.from_hf(dict(
             model_type="llama", vocab_size=128256, hidden_size=hidden, intermediate_size=inner, head_dim=head,
@@ -49,9 +51,11 @@ def table():
         with torch.device("meta"):
             model = Transformer(shape)
         full = [memory(model, processes, 2)[1] for processes in COUNTS]
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        low = [6 * sum(sizes) + 2 * max(sizes)]
         add_experts(model, "all-linear", 16, 32)
         lora = [memory(model, processes, 2)[1] for processes in COUNTS]
-        for kind, values in (("LoRA", lora), ("all weights", full)):
+        for kind, values in (("LoRA", lora), ("all weights", full), ("all weights, --low_memory", low)):
             print(f"| {name}, {kind} | " + " | ".join(f"{value / 1e9:.1f}" for value in values) + " |")
 
 
