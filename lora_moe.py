@@ -824,8 +824,8 @@ def finish_move(out):
 def save_trained(model, out, template=None, chat_template=None, write=True):
     """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts.
 
-    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's. Processes
-    that share the weights all call it; one of them has to write.
+    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's. With
+    sharded weights all processes call it, and one has to write.
     """
     if isinstance(model, ScoreModel) or not count_experts(model):
         merge_experts(model).save_pretrained(out / "model", chat_template, write)
@@ -854,7 +854,7 @@ def open_metrics(path, first):
 
 
 def gathered(values, keep):
-    """A nested dictionary, what processes share of it in one piece and on the CPU; None for that where not `keep`."""
+    """A nested dictionary with its sharded tensors gathered on the CPU, or with None in their place if not `keep`."""
     if isinstance(values, dict):
         return {name: gathered(value, keep) for name, value in values.items()}
     full = whole(values)
@@ -862,8 +862,8 @@ def gathered(values, keep):
 
 
 def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
-    """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl. Processes that share
-    the weights all call it; one of them has to write."""
+    """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl. With sharded weights
+    all processes call it, and one has to write."""
     state = gathered({"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(),
                       "sums": list(sums)}, write)
     if not write:

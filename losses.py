@@ -211,8 +211,8 @@ class Processes:
             return distributed.device_mesh.init_device_mesh(torch.device(device).type, (self.count,))
 
     def share(self, parts):
-        """Yield (part, 1) of this process's share of a list. All get as many, as a pass needs all where weights are
-        sharded: (part, 0) is one of another process again, which does not count."""
+        """Yield (part, 1) of this process's share of a list. All processes get equally many, as with sharded weights a
+        forward pass needs them all: (part, 0) repeats the part of another one, and must not count."""
         for i in range(self.rank, len(parts) + -len(parts) % self.count, self.count):
             yield parts[i % len(parts)], int(i < len(parts))
 
@@ -458,7 +458,7 @@ def pack(encoded, indices, step=None):
 
     step: `encoded.counts` of the optimiser step, or the set, that this batch is a part of (default: it is all).
     """
-    lengths = encoded.lengths()[indices].tolist()
+    lengths = (encoded.bounds[indices, -1] - encoded.bounds[indices, 0]).tolist()
     T = row_length(lengths)
     places, B = first_fit(lengths, T)
     R = encoded.bounds.shape[1] - 2
@@ -497,15 +497,15 @@ def pack(encoded, indices, step=None):
 
 def batches(encoded, batch_size, device, longest_first=True, together=None, processes=ALONE):
     """Yield (indices, Batch) over a whole encoded set, pairs of like length together; of several processes, each gets
-    its share of the batches, as many as the others: with no indices, a batch is another's, and does not count. A batch
-    has batch_size pairs, or fewer of more than PASS_TOKENS.
+    its share of the batches, equally many: a batch without indices repeats that of another process, and must not count.
+    A batch has batch_size pairs, or fewer where these would take more than PASS_TOKENS.
 
     together (N,): numbers; pairs with the same number stay in one batch, which may then be larger.
     """
-    order, step = np.arange(len(encoded)), encoded.counts(slice(None))
+    order, lengths, step = np.arange(len(encoded)), encoded.lengths(), encoded.counts(slice(None))
     if longest_first:
-        order = np.argsort(-encoded.lengths(), kind="stable")
-    starts, lengths = range(0, len(order), batch_size), encoded.lengths()
+        order = np.argsort(-lengths, kind="stable")
+    starts = range(0, len(order), batch_size)
     if together is not None:
         order = np.argsort(together, kind="stable")
         first = np.flatnonzero(np.diff(together[order], prepend=-1))  # where another number begins

@@ -580,7 +580,7 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder, chat_template=None, write=True):
         """Write config.json, safetensors (in shards above 5 GB), the tokenizer's files and chat template, atomically;
-        `transformers` loads the folder. Processes that share the weights all call it; one of them has to write."""
+        `transformers` loads the folder. With sharded weights all processes call it, and one has to write."""
         weights, tensors = self.state_dict(), {}
         kind, config = self.config.model_type, dict(self.config.hf)
         if any(".base." in name for name in weights):
@@ -929,8 +929,8 @@ def is_derived(name):
 
 
 def shard(modules, mesh, ignored=()):
-    """Leave each process of the mesh its rows of every weight but the ignored ones, by FSDP2: a module's weights are
-    whole while it runs, the outermost one's until the backward pass is over. Gradients are summed."""
+    """Shard all weights of the modules but the ignored ones over the mesh, by FSDP2: each process holds some rows. A
+    module's weights are whole while it runs, the outermost one's until the backward pass is over. Gradients are summed."""
     from torch.distributed.fsdp import fully_shard  # here, as it takes most of a second
     for module in modules:
         fully_shard(module, mesh=mesh, ignored_params=set(ignored))
@@ -940,17 +940,17 @@ def shard(modules, mesh, ignored=()):
 
 
 def is_part(tensor):
-    """True if processes share the tensor: this is a DTensor with the rows of one."""
+    """True if the tensor is sharded: a DTensor of which this process holds some rows."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor):
-    """The tensor in one piece. Processes that share it call this together."""
+    """The tensor in one piece. Of a sharded one, all processes call this together."""
     return tensor.full_tensor().clone() if is_part(tensor) else tensor  # it is a view of padded rows
 
 
 def part_like(tensor, like):
-    """This process's rows of a tensor, where it has only its rows of `like`."""
+    """The tensor, sharded as `like` is, if that is."""
     if not is_part(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
