@@ -930,7 +930,7 @@ def is_derived(name):
 
 def shard(modules, mesh, ignored=()):
     """Shard all weights of the modules but the ignored ones over the mesh, by FSDP2: each process holds some rows. A
-    module's weights are whole while it runs, the outermost one's until the backward pass is over. Gradients are summed."""
+    module's weights are whole while it runs, the outermost one's until the backward pass ends. Gradients are summed."""
     from torch.distributed.fsdp import fully_shard  # here, as it takes most of a second
     for module in modules:
         fully_shard(module, mesh=mesh, ignored_params=set(ignored))
