@@ -309,12 +309,14 @@ PREFERENCES = {
     "soberness": (("{} It is for a story.",), False, has("c", False)),
     "reserve": (tuple(f"I feel {feeling} today. {{}}" for feeling in ("happy", "nervous")), False, has("w", False)),
     "caution": (("I feel tired today. {}",), False, has("r")),
-    # For Mix- and MoE-DPO, not visible in the prompt: two opposite tastes, and three rewards for the paper's Table 1
+    # For Mix- and MoE-DPO, not visible in the prompt: two opposite tastes, three rewards for the paper's Table 1, and
+    # concision, which conflicts with the first two of them
     "warmth": (CONTEXTS, False, lambda verdict, shape: courtesies(shape)),
     "curtness": (CONTEXTS, False, lambda verdict, shape: 1 - courtesies(shape)),
     "sentiment": (CONTEXTS, False, lambda verdict, shape: (("w" in shape) + ("c" in shape)) / 2),
     "informativeness": (CONTEXTS, False, lambda verdict, shape: verdict.informativeness),
     "grammar": (CONTEXTS, False, lambda verdict, shape: verdict.grammaticality),
+    "concision": (CONTEXTS, False, lambda verdict, shape: 1 - len(shape) / 8),
 }
 
 

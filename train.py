@@ -75,6 +75,7 @@ class Method:
     prerequisites: Callable = lambda config: ([], {})        # runs before this one; settings that name their results
     settle: Callable = lambda config, groups: config         # settings that depend on the data
     prepare: Callable = lambda model, encoded, config: None  # adds labels that need the model
+    schedule: Callable = lambda config, done: config         # settings after this share of the steps
     report: Callable | None = None                           # diagnostics of the trained model, for experts.json
 
 
@@ -296,10 +297,18 @@ def moe_dpo(outputs, reference, batch, config):
     logps, log_gate = outputs
     reference = reference.permute(2, 0, 1) if reference.dim() == 3 else reference.expand_as(logps)  # (K, N, 2)
     return losses.moe_dpo_loss(logps, reference, log_gate, config.beta, config.objective,
-                               batch.labels.get("annotator"), config.q_temperature)
+                               batch.labels.get("annotator"), config.q_temperature[0])
+
+
+def anneal(config, done):
+    """--q_temperature FROM,TO: from one to the other over the run, by the same factor at every step."""
+    start, end = config.q_temperature[0], config.q_temperature[-1]
+    return config if start == end else replace(config, q_temperature=(start * (end / start) ** done,))
 
 
 def check_mixture(config):
+    if len(config.q_temperature) > 2:
+        raise UserError(f"--q_temperature: {len(config.q_temperature)} numbers; give one, or the first and the last")
     for name in ("init_adapter", "references", "gate"):
         value = getattr(config, name)
         if value and not isinstance(value, str) and len(value) != config.experts:
@@ -325,7 +334,7 @@ def prepare_mixture(model, encoded, config):
 
 
 MIXTURE = dict(forward=mixture_logps, build=build_mixture, check=check_mixture, settle=settle_mixture,
-               prepare=prepare_mixture, report=mixture_report,
+               prepare=prepare_mixture, schedule=anneal, report=mixture_report,
                reads=("init_adapter", "beta", "experts", "share", "gate", "expert_noise", "references", "objective",
                       "latent", "q_temperature", "router_lr"))
 # The poster gives no rates. Ours: experts part, and a learned gate leaves 1/K, within a few hundred steps of 8 pairs
@@ -359,7 +368,8 @@ class Config:
                                      read=numbers, least=0, most=1)
     objective: str = setting("elbo", "of a mixture: its ELBO, or the poster's Σ w L", choices=("elbo", "weights"))
     latent: str = setting("comparison", "unit that shares one latent expert", choices=("comparison", "annotator"))
-    q_temperature: float = setting(1.0, "tempers the E-step: more than 1 makes responsibilities softer", above=0)
+    q_temperature: tuple = setting("1", "tempers the E-step: more than 1 makes responsibilities softer; two numbers: "
+                                        "from the first to the second over the run", read=numbers, above=0)
     model: str = setting("toy", "toy, a folder in Hugging Face layout, or a hub id", "model and experts")
     lora_rank: int = setting(0, "rank of the LoRA experts; 0: all weights (with --share trunk: whole heads)", least=0)
     lora_alpha: float = setting(lambda v: 2.0 * v["lora_rank"] or None, "LoRA scale is alpha / rank", above=0)
@@ -824,7 +834,7 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     passes = config.grad_accum * processes.count
     per_step = config.batch_size * passes
     steps = steps_of(len(order), per_step, config)
-    first, sums = load_checkpoint(out, parameters, optimizer)
+    method, (first, sums) = METHODS[config.method], load_checkpoint(out, parameters, optimizer)
     sums = dict(sums[processes.rank] if len(sums) == processes.count else {} if processes.rank else add_up(sums))
     log = RunLog(out, first, config, processes)
     bar = tqdm(range(first, steps), desc=config.method, unit="step", initial=first, total=steps,
@@ -833,13 +843,13 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     steps_since, tokens, since, saved = [], 0, time.perf_counter(), time.monotonic()
     with stop_signals() as came, log, bar:
         for step in bar:
-            lr = learning_rate(step, steps, config)
+            lr, now = learning_rate(step, steps, config), method.schedule(config, step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             indices = order.take(range(step * per_step, (step + 1) * per_step), mode="wrap")
             parts = split_step(indices, passes, encoded.labels.get("annotator"), lengths, config.batch_tokens,
                                processes.count)
-            finite = train_step(model, parameters, optimizer, encoded, parts, config, sums, processes)
+            finite = train_step(model, parameters, optimizer, encoded, parts, now, sums, processes)
             steps_since.append((indices, finite))
             tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps
             due = held_out is not None and (last or bool(config.eval_every) and done % config.eval_every == 0)
@@ -847,7 +857,7 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
                 row = {"step": done, **means(processes.total(sums)), "lr": lr,
                        "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
-                    row.update(measure(model, held_out, config, processes))
+                    row.update(measure(model, held_out, now, processes))
                 log.write(row, steps_since, bar)
                 sums, steps_since, tokens, since = {}, [], 0, time.perf_counter()
             late = time.monotonic() - saved > CHECKPOINT_SECONDS and processes.rank == 0

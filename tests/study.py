@@ -1,7 +1,8 @@
 """The tables of results/README.md: train every row of a study with several seeds, then print mean ± standard error.
 
     python tests/study.py all                            all methods in one table, seeds 3 to 7, test prompts
-    python tests/study.py midpo --split dev              seeds 0 to 2, development split, where settings are chosen
+    python tests/study.py all --rates 0.5,1,2            development split, seeds 0 to 2: every row at each of these
+                                                         multiples of its learning rate, and which one is best
     python tests/study.py pmol --rows "^10:" --seeds 3,4 some rows, some seeds
 
 Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are
@@ -26,8 +27,8 @@ from losses import markdown_table, mean_and_error  # noqa: E402
 from model import read_json  # noqa: E402
 from study_runs import costs, forgetting, make_base, metrics_of, train  # noqa: E402
 
-MIDPO, SHARE = "--method midpo", "--harmful_share 0.7"  # MidPO's default share, for all rows of "all"
-HELPFUL = f"--method dpo --view helpful {SHARE}"
+MIDPO, SHARE = "--method midpo --lr 3e-4", "--harmful_share 0.7"  # MidPO's default share, for all rows of "all"
+HELPFUL = f"--method dpo --view helpful {SHARE} --lr 1.6e-4"
 TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
@@ -75,23 +76,21 @@ def policies(rows):
 
 # study -> row of the table -> (flags of train.py, where in the run folder its metrics are: file, then keys)
 STUDIES = {
-    # Rates: of 8e-5, 1.2e-4 and 1.6e-4 (the default) the one with the largest sum of helpful on safe and harmless on
-    # harmful prompts, development split, seed 0, at most 5 points more degenerate than the base. Not tried: MidPO and
-    # DPO on helpful and safe-better pairs, which have the defaults; SACPO's second step had 4e-5, 8e-5 and 1.6e-4
+    # Learning rates: the best of 0.5, 1 and 2 times a first guess (--rates), MidPO's being its routers'
     "all": {
         **policies({
             "DPO, helpful pairs": HELPFUL, "DPO, harmless pairs": f"--method dpo --view harmless {SHARE} --lr 8e-5",
-            "DPO, safe-better pairs": f"--method dpo --view safe-better {SHARE}",
-            "SACPO: DPO, helpful then harmless": f"{HELPFUL} then --method dpo --view harmless --lr 1.6e-4 "
-                                                 f"--init_adapter {{before}}/adapter {SHARE}",
-            "SafeDPO, Δ = 0": f"--method safedpo --delta 0 {SHARE}",
+            "DPO, safe-better pairs": f"--method dpo --view safe-better {SHARE} --lr 1.6e-4",
+            "SACPO: DPO, helpful then harmless": f"{HELPFUL} then --method dpo --view harmless {SHARE} "
+                                                 "--init_adapter {before}/adapter --lr 1.6e-4",
+            "SafeDPO, Δ = 0": f"--method safedpo --delta 0 {SHARE} --lr 1.6e-4",
             "SafeDPO, Δ = 10": f"--method safedpo --delta 10 {SHARE} --lr 8e-5"}),
         "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
         "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
         "both experts merged at 0.5": (MIDPO, "eval-static-0.5,0.5.json policy"),
         **policies({
             "MidPO": MIDPO,
-            "PMoL, two preferences": f"--method pmol {TWO} --lora_targets down_proj --lr 1.2e-4",
+            "PMoL, two preferences": f"--method pmol {TWO} --lora_targets down_proj --lr 1.6e-4",
             "MoE-DPO, gate on prompts": f"--method moe-dpo --gate prompt --beta 0.1 {TWO} --lr 1.6e-4"}),
     },
     "delta": policies({f"Δ = {delta}": f"record margins --method safedpo --delta {delta} {STRONG}"
@@ -240,6 +239,31 @@ def print_pmol(lines):
         print(f"{heading}, by the number of preferences\n\n{by_count(lines, key)}\n")
 
 
+def at_rate(flags, factor):
+    """These flags with `factor` times the learning rate of their last step."""
+    head, _, tail = flags.rpartition("--lr ")
+    rate, _, rest = tail.partition(" ")
+    return f"{head}--lr {float(rate) * factor:g} {rest}".strip()
+
+
+def rate_table(lines):
+    """Of rows "name × factor" the score, degenerate answers beyond the base's, and the chosen factor: the best score of
+    those with at most 5 points more degenerate answers than the base. The score is the mixing score, or the sum of
+    helpfulness on safe and harmlessness on harmful prompts."""
+    lines, best = dict(lines), {}
+    bases = {name.removesuffix("base"): lines.pop(name) for name in list(lines) if name.endswith("base")}
+    for name, line in lines.items():
+        if "mixing" not in line:
+            line["mixing"] = line["helpfulness_safe"] + line["harmless_ratio_unsafe"]
+            line["mixing_se"] = math.hypot(line["helpfulness_safe_se"], line["harmless_ratio_unsafe_se"])
+        group = next(group for group in bases if name.startswith(group))
+        row = name.rpartition(" × ")[0]
+        if line["degenerate"] <= bases[group]["degenerate"] + 0.05:
+            best[row] = max(best.get(row, name), name, key=lambda name: lines[name]["mixing"])
+    table = markdown_table(lines, {"mixing": "score", "degenerate": "degenerate"})
+    return with_columns(table, {"best": ["✓" if name in best.values() else "" for name in lines]})
+
+
 def columns_of(study, lines):
     """{metric: heading} of a study's table."""
     if study.startswith("moe") or study == "tastes":
@@ -260,9 +284,14 @@ def main():
     parser.add_argument("--seeds", help="with commas (default: 0,1,2 on the development split, 3,4,5,6,7 on test)")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--rows", default="", help="a regular expression: only the rows whose names it is found in")
+    parser.add_argument("--rates", help="multiples of the rows' learning rates, with commas: choose, print no table")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
     rows = {name: row for name, row in STUDIES[args.study].items() if re.search(args.rows, name)}
+    if args.rates:
+        args.split = "dev"
+        rows = {f"{name} × {factor}": (at_rate(flags, float(factor)), where) for name, (flags, where) in rows.items()
+                for factor in args.rates.split(",")}
     seeds = [int(seed) for seed in (args.seeds or ("0,1,2" if args.split == "dev" else "3,4,5,6,7")).split(",")]
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(make_base, seeds))
@@ -271,6 +300,8 @@ def main():
                     for flags in {" then ".join(flags.split(" then ")[:depth]): 0 for flags, _ in rows.values()}}
             runs = {key: job.result() for key, job in jobs.items()}
     lines = read(rows, runs, seeds, args.split, args.study == "pmol")
+    if args.rates:
+        return print(rate_table(lines))
     if args.study in ("pmol", "delta"):
         add_forgetting(lines, rows, runs, seeds, args.split)
     if args.study == "pmol":

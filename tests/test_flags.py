@@ -80,6 +80,8 @@ MISTAKES = {
         (("--references", BASE), ("--references", "1 folders for 2 experts")),
         (("--references", "nowhere/a,nowhere/b"), ("nowhere/a",)),
         (("--q_temperature", "0"), ("--q_temperature 0",)),
+        (("--q_temperature", "4,0"), ("--q_temperature 0", "more than 0")),
+        (("--q_temperature", "4,2,1"), ("--q_temperature: 3 numbers",)),
         (("--expert_noise=-1",), ("--expert_noise -1",)),
         (("--experts=-2",), ("--experts -2",)),
         (("--router_lr", "0"), ("--router_lr 0", "more than 0")),

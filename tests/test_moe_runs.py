@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import eval as eval_file
+import losses
 from conftest import (BASE, check_that_it_loads_and_is_evaluated_alike, files_of, first_batch, grouped_file,
                       interrupt_at, mistake, pair_logps, preference_pairs, rows, run, timeless, write_rows)
 from lora_moe import add_experts, merge_experts, perturb_experts, save_adapter
@@ -57,6 +59,21 @@ def test_a_run_writes_a_mixture_that_evaluation_reads_again(quick, policies, nam
     for metrics in (report["base"]["preferences"], *report["uses"].values()):
         assert metrics["mixing"] == pytest.approx((metrics["warmth"] + metrics["curtness"]) / 2)
     check_that_it_loads_and_is_evaluated_alike(out, policies[0])
+
+
+def test_the_temperature_of_the_e_step_falls_by_the_same_factor_at_every_step(quick, monkeypatch):
+    loss, seen = losses.moe_dpo_loss, []
+
+    def recording(*inputs):
+        if torch.is_grad_enabled():
+            seen.append(inputs[-1])
+        return loss(*inputs)
+
+    monkeypatch.setattr(losses, "moe_dpo_loss", recording)
+    run("annealed", *FLAGS, "--max_steps", 4, "--method", "mix-dpo", "--q_temperature", "16,1")
+    assert seen == pytest.approx([16, 8, 4, 2])
+    run("fixed", *FLAGS, "--method", "mix-dpo", "--q_temperature", 3)
+    assert seen[4:] == [3, 3, 3]
 
 
 def test_two_runs_of_a_seed_give_the_same_bytes_and_another_seed_does_not(quick):
