@@ -29,20 +29,24 @@ from study_runs import costs, forgetting, make_base, metrics_of, train  # noqa: 
 
 MIDPO, SHARE = "--method midpo --lr 3e-4", "--harmful_share 0.7"  # MidPO's default share, for all rows of "all"
 HELPFUL = f"--method dpo --view helpful {SHARE} --lr 1.6e-4"
+SAFE_BETTER = f"--method dpo --view safe-better {SHARE} --lr 1.6e-4"
+SAFEDPO = f"--method safedpo --delta 0 {SHARE} --lr 1.6e-4"
 TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
-# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: the best on the development split
-# (seed 0) that left at most 5 % more answers degenerate. For 10, of 1.6e-4, 3e-4 and 6e-4 for PMoL (1.2e-3 breaks it)
-# and one LoRA (6e-4 breaks it); the others are those of the former base model
-RATES = {2: (8e-5, 8e-5, 1.6e-5), 3: (8e-5, 8e-5, 1.6e-5), 4: (1.6e-4, 8e-5, 1.6e-5), 6: (1.6e-4, 8e-5, 3e-5),
-         10: (6e-4, 3e-4, 3e-5)}
-LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --lr 4.5e-4 "
-          "--epochs 3")
+# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights
+RATES = {2: (1.6e-4, 1.6e-4, 1.6e-5), 3: (1.6e-4, 1.6e-4, 1.6e-5), 4: (1.6e-4, 1.6e-4, 1.6e-5),
+         6: (3e-4, 3e-4, 3e-5), 10: (3e-4, 3e-4, 3e-5)}
+FRIENDLY = "0.8,0.8,0.2,0.2,0.2,0.2,0.2,0.2,0.2,0.8"  # s_c of TEN: lower for those that only differ in courtesies
+LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --epochs 3 "
+          "--lr 4e-4")
+ANNEALED = "--q_temperature 8,1"
+SMALL_MARGINS = f"{EXPERTS} --beta 1 --epochs 2 --lr 1.6e-4"
 STRONG = "--beta 1 --epochs 4"  # with which Δr passes 10
 VISIBLE = "--groups politeness,directness"  # an opening for a job, none for a class: the prompt says which
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
+CONFLICTING = "--groups sentiment,informativeness,concision"  # the third is lost where the others are won
 
 
 def mixed(count):
@@ -80,10 +84,10 @@ STUDIES = {
     "all": {
         **policies({
             "DPO, helpful pairs": HELPFUL, "DPO, harmless pairs": f"--method dpo --view harmless {SHARE} --lr 8e-5",
-            "DPO, safe-better pairs": f"--method dpo --view safe-better {SHARE} --lr 1.6e-4",
+            "DPO, safe-better pairs": SAFE_BETTER,
             "SACPO: DPO, helpful then harmless": f"{HELPFUL} then --method dpo --view harmless {SHARE} "
                                                  "--init_adapter {before}/adapter --lr 1.6e-4",
-            "SafeDPO, Δ = 0": f"--method safedpo --delta 0 {SHARE} --lr 1.6e-4",
+            "SafeDPO, Δ = 0": SAFEDPO,
             "SafeDPO, Δ = 10": f"--method safedpo --delta 10 {SHARE} --lr 8e-5"}),
         "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
         "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
@@ -96,18 +100,26 @@ STUDIES = {
     "delta": policies({f"Δ = {delta}": f"record margins --method safedpo --delta {delta} {STRONG}"
                        for delta in (0, 2, 5, 10, 20, 50)}),
     "noise": policies({f"{name}, {flip} {share}": f"{flags} --{flip} {share}".replace(f" --{flip} 0.0", "")
-                       for name, flags in (("SafeDPO Δ = 10", "--method safedpo --delta 10"),
-                                           ("DPO, safe-better pairs", "--method dpo --view safe-better"))
-                       for flip in ("flip_safety", "flip_preference") for share in (0.0, 0.1, 0.2, 0.3, 0.4)}),
+                       for name, flags in (("SafeDPO, Δ = 0", SAFEDPO), ("DPO, safe-better pairs", SAFE_BETTER),
+                                           ("MidPO", MIDPO))
+                       for flip in ("flip_safety", "flip_preference") for share in (0.0, 0.2, 0.4)}),
     "l1": policies({f"{share}: L1 {weight}": f"{MIDPO} then {MIDPO} --harmful_share {share} --router_l1 {weight} "
                                              "--init_adapter {before}/safety/adapter,{before}/helpful/adapter"
                     for share in (0.45, 0.7) for weight in (0, 0.001, 0.01, 0.1, 1)}),
+    # The score models are regularised, so that margins are about 1.5, which Δr passes
+    "spe": {name: (f"{first}--method {method} --view {view} {SMALL_MARGINS}{flag}", "eval.json policy")
+            for view, score in (("helpful", "reward"), ("safety", "cost"))
+            for name, first, method, flag in (
+                (f"DPO, {view}", "", "dpo", ""),
+                (f"SPE-DPO, {view}", f"--method {score} --score_l2 0.1 {SHARE} then ", "spe-dpo",
+                 f" --{score}_model {{before}}/model"))},
     "conflict": policies({"one LoRA on both": "record conflict --method dpo --data {joint}",
                           "safety expert": "record conflict:harmlessness --method dpo --data {joint}",
                           "helpfulness expert": "record conflict:helpfulness --method dpo --data {joint}"}),
     "tastes": {
-        "DPO, rank 32": (f"--method dpo --lora_rank 32 {VISIBLE} --beta 0.3 --lr 4e-4", "eval.json policy preferences"),
-        **{f"gate: {gate}": (f"--method moe-dpo --annotators 0 --gate {gate} {VISIBLE}", "eval.json uses mixture")
+        "DPO, rank 32": (f"--method dpo --lora_rank 32 {VISIBLE} --beta 0.3 --lr 2e-4", "eval.json policy preferences"),
+        **{f"gate: {gate}": (f"--method moe-dpo --annotators 0 --gate {gate} {VISIBLE} --lr 2e-4",
+                             "eval.json uses mixture")
            for gate in ("prompt", "user", "0.5,0.5")},
     },
     "safedpo": {
@@ -132,18 +144,29 @@ STUDIES = {
         **{f"{count}: {name}": (flags(count), "eval.json policy preferences") for count in RATES
            for name, flags in (("PMoL", pmol), ("single LoRA of the same size", single), ("all weights", whole))},
         **{f"{count}: PMoL, {name}": (pmol(count, flag), "eval.json policy preferences") for count in (3, 10)
-           for name, flag in (("no soft loss", "--egs_weight 0"), ("no empty expert", "--no_empty_expert"))},
-        **{f"3: PMoL, s_c = {s_c}": (pmol(3, f"--soft_constraint {s_c}"), "eval.json policy preferences")
-           for s_c in (0, 1)},
+           for name, flag in (("no soft loss", "--egs_weight 0"), ("no empty expert", "--no_empty_expert"),
+                              ("s_c = 0", "--soft_constraint 0"), ("s_c = 1", "--soft_constraint 1"))},
+        "10: PMoL, s_c = 0.8 or 0.2": (pmol(10, f"--soft_constraint {FRIENDLY}"), "eval.json policy preferences"),
     },
     "moe": {
-        "DPO": ("--method dpo --groups warmth,curtness --annotators 100 --beta 0.3 --lr 3e-4",
+        "DPO": ("--method dpo --groups warmth,curtness --annotators 100 --beta 0.3 --lr 4e-4",
                 "eval.json policy preferences"),
-        **uses("gate on users", "--method moe-dpo", "warmth", "curtness"),
+        **uses("gate on users", "--method moe-dpo --lr 4e-4", "warmth", "curtness"),
         **uses("annotator latents", LATENT, "warmth", "curtness"),
-        "objective Σ w L: mixture": ("--method moe-dpo --objective weights", "eval.json uses mixture"),
-        "no gate, comparison latents: mixture": ("--method mix-dpo", "eval.json uses mixture"),
-        "gate on users, one comparison each: mixture": ("--method moe-dpo --annotators 3000", "eval.json uses mixture"),
+        **uses("annotator latents, q annealed", f"{LATENT} {ANNEALED}", "warmth", "curtness"),
+        "objective Σ w L: mixture": ("--method moe-dpo --objective weights --lr 4e-4", "eval.json uses mixture"),
+        "no gate, comparison latents: mixture": ("--method mix-dpo --lr 4e-4", "eval.json uses mixture"),
+        "no gate, comparison latents, q annealed: mixture": (f"--method mix-dpo {ANNEALED} --lr 4e-4",
+                                                             "eval.json uses mixture"),
+        "gate on users, one comparison each: mixture": ("--method moe-dpo --annotators 3000 --lr 4e-4",
+                                                        "eval.json uses mixture"),
+    },
+    "moe-conflicting": {
+        "DPO, rank 48": (f"--method dpo --lora_rank 48 --beta 0.3 {CONFLICTING} --annotators 150 --lr 2e-4",
+                         "eval.json policy preferences"),
+        **uses("annotator latents", f"{LATENT} --experts 3 {CONFLICTING}", "sentiment", "informativeness", "concision"),
+        **uses("annotator latents, q annealed", f"{LATENT} --experts 3 {CONFLICTING} {ANNEALED}",
+               "sentiment", "informativeness", "concision"),
     },
     "moe3": {
         "DPO": (f"--method dpo --beta 0.3 --lr 2e-4 --lora_targets lm_head --lora_rank 32 {REWARDS}",
