@@ -139,14 +139,23 @@ def kept_answers(model, tokenizer, prompts, folder, args, processes):
 # The toy world's table
 
 
+def cached_answers(model, tokenizer, prompts, **settings):
+    """`answer`, kept under out/cache by a hash of all that it depends on: runs from the same start ask it once."""
+    tokens, stops = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts]), sorted(tokenizer.stop_ids)
+    path = LOGPS_CACHE / f"toy-answers-{content_hash([], weights_hash(model), tokens, stops, settings)}.json"
+    if not path.is_file():
+        write_text(path, json.dumps({"answers": answer(model, tokenizer, prompts, **settings)}))
+    return [tuple(one) for one in read_json(path)["answers"]]
+
+
 def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static="", preferences=()):
     """Evaluate a policy beside its base; write eval.json and samples.txt into the run folder (eval-dev.json for the
     development split, eval-static-….json for experts merged at fixed weights).
 
     preferences: those of the toy world that the run mixed, which are scored as well. Returns (eval.json, samples).
     """
-    asked = {who: partial(answer, model, tokenizer, seed=seed, temperature=temperature)
-             for who, model in (("base", base), ("policy", policy))}
+    asked = {who: partial(ask, model, tokenizer, seed=seed, temperature=temperature)
+             for who, ask, model in (("base", cached_answers, base), ("policy", answer, policy))}
     uses = ("sparse", *map(str, range(count_experts(policy)))) if policy.gate is not None else ()
     report, answers = toy.report(asked, preferences, uses, split, seed)
     report |= {"split": split, "seed": seed, "temperature": temperature}

@@ -29,7 +29,7 @@ from study_runs import costs, forgetting, make_base, metrics_of, train  # noqa: 
 
 MIDPO, SHARE = "--method midpo --lr 3e-4", "--harmful_share 0.7"  # MidPO's default share, for all rows of "all"
 HELPFUL = f"--method dpo --view helpful {SHARE} --lr 1.6e-4"
-SAFE_BETTER = f"--method dpo --view safe-better {SHARE} --lr 1.6e-4"
+SAFE_BETTER = f"--method dpo --view safe-better {SHARE} --lr 8e-5"
 SAFEDPO = f"--method safedpo --delta 0 {SHARE} --lr 1.6e-4"
 TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
@@ -86,7 +86,7 @@ STUDIES = {
             "DPO, helpful pairs": HELPFUL, "DPO, harmless pairs": f"--method dpo --view harmless {SHARE} --lr 8e-5",
             "DPO, safe-better pairs": SAFE_BETTER,
             "SACPO: DPO, helpful then harmless": f"{HELPFUL} then --method dpo --view harmless {SHARE} "
-                                                 "--init_adapter {before}/adapter --lr 1.6e-4",
+                                                 "--init_adapter {before}/adapter --lr 3.2e-4",
             "SafeDPO, Δ = 0": SAFEDPO,
             "SafeDPO, Δ = 10": f"--method safedpo --delta 10 {SHARE} --lr 8e-5"}),
         "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
@@ -264,6 +264,8 @@ def print_pmol(lines):
 
 def at_rate(flags, factor):
     """These flags with `factor` times the learning rate of their last step."""
+    if "--lr " not in flags:
+        sys.exit(f"--rates: no --lr in the row {flags}")
     head, _, tail = flags.rpartition("--lr ")
     rate, _, rest = tail.partition(" ")
     return f"{head}--lr {float(rate) * factor:g} {rest}".strip()
@@ -296,6 +298,8 @@ def columns_of(study, lines):
     columns = {key: toy.COLUMNS[key].replace("/", ", ") for key in (
         "helpfulness_safe", "harmless_ratio", "harmless_ratio_unseen", "over_refusal", "over_refusal_alarming",
         "degenerate")}
+    if study == "spe":
+        columns = {"helpfulness": "helpful"} | columns | {"score_margin": "margin", "margins": "Δr at the end"}
     if study == "delta":
         columns |= {"forgotten": "forgetting, nats", "q50": "median Δr", "passed": "share of Δr > Δ"}
     return columns

@@ -119,7 +119,9 @@ def metrics_of(out, where, split):
         more["degenerate, closing table"] = read_json(out / file)[keys[0]]["degenerate"]
     if keys[0] in ("policy", "uses"):
         cost = read_json(out / "cost.json")
-        more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024)
+        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024,
+                    margins=last.get("rewards/margins", math.nan), score_margin=last.get("score_margin", math.nan))
     if (out / "margins.json").is_file() and keys[0] == "policy":
         last = read_json(out / "margins.json")["rows"][-1]
         more.update({name: last[name] for name in ("q10", "q50", "q90", "passed")})

@@ -1,4 +1,5 @@
 """Whole runs on a toy world made small: what they write, their first loss, that they repeat and resume, the loop."""
+import json
 import math
 import os
 import shutil
@@ -211,6 +212,24 @@ def test_the_reference_is_the_model_without_its_experts(place):
     perturb_experts(model, 1.0)
     assert torch.equal(train.reference_logps(model, encoded, config), expected)
     assert not torch.allclose(packed_logps(model, encoded, range(len(encoded))).detach(), expected, rtol=1e-2)
+
+
+def test_answers_of_the_start_are_kept_and_never_misused(quick):
+    """A mark is written into the stored file: it comes back exactly where the file may be read."""
+    def base_of(name, *flags):
+        run(name, "--max_steps", 1, *flags)
+        return read_json(f"out/{name}/eval.json")["base"]
+
+    true = base_of("first")
+    kept, = Path("out/cache").glob("toy-answers-*")
+    count = len(read_json(kept)["answers"])
+    kept.write_text(json.dumps({"answers": [["I will not help with that.", True]] * count}))
+    assert base_of("another", "--delta", 1)["over_refusal"] == 1 > true["over_refusal"]
+    assert base_of("warmer", "--temperature", 1.0)["over_refusal"] < 1
+    started = run("adapter", "--max_steps", 3, "--lora_rank", 2, "--lr", 0.3)
+    assert base_of("further", "--init_adapter", started / "adapter")["over_refusal"] < 1
+    kept.unlink()
+    assert base_of("again") == true
 
 
 def test_reference_logps_are_kept_and_never_misused(place):
