@@ -7,8 +7,8 @@
 
 Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are
 kept when finished, so a call that was interrupted goes on; each runs on one thread, `--jobs` at a time. CPU seconds and
-peak memory are those of the whole process of a run: training, and judging the base and the policy (Linux: other systems
-count memory otherwise). A study with a picture writes it to results/.
+peak memory are those of the whole process of a run: training, and judging the policy (Linux: other systems count memory
+otherwise). A study prints the flags of each row, and writes its picture, if it has one, to results/.
 """
 import argparse
 import math
@@ -305,6 +305,19 @@ def columns_of(study, lines):
     return columns
 
 
+def print_tables(args, lines, rows, runs, seeds):
+    if args.rates:
+        return print(rate_table(lines))
+    if args.study == "pmol":
+        return print_pmol(lines)
+    columns = columns_of(args.study, lines)
+    table = markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns)
+    print(with_columns(table, cost_columns(rows, runs, seeds)) if args.study == "all" else table)
+    if args.study in ("midpo", "all") and (MIDPO, seeds[0]) in runs:
+        print("\nRouter: expert 0 is safety, 1 helpfulness\n")
+        print(router_table([metrics_of(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("study", choices=STUDIES)
@@ -327,22 +340,15 @@ def main():
                     for flags in {" then ".join(flags.split(" then ")[:depth]): 0 for flags, _ in rows.values()}}
             runs = {key: job.result() for key, job in jobs.items()}
     lines = read(rows, runs, seeds, args.split, args.study == "pmol")
-    if args.rates:
-        return print(rate_table(lines))
-    if args.study in ("pmol", "delta"):
+    if args.study in ("pmol", "delta") and not args.rates:
         add_forgetting(lines, rows, runs, seeds, args.split)
-    if args.study == "pmol":
-        print_pmol(lines)
-    else:
-        columns = columns_of(args.study, lines)
-        table = markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns)
-        print(with_columns(table, cost_columns(rows, runs, seeds)) if args.study == "all" else table)
-    if args.study in ("midpo", "all") and (MIDPO, seeds[0]) in runs:
-        print("\nRouter: expert 0 is safety, 1 helpfulness\n")
-        print(router_table([metrics_of(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
+    print_tables(args, lines, rows, runs, seeds)
     minutes = sum(read_json(folder / "cost.json")["cpu_seconds"] for folder in runs.values()) / 60
-    print(f"\nseeds {', '.join(map(str, seeds))}, {args.split} prompts, {len(runs)} runs, {minutes:.0f} CPU minutes")
-    if args.study in study_pictures.PICTURES:
+    print(f"\nseeds {', '.join(map(str, seeds))}, {args.split} prompts, {len(runs)} runs, {minutes:.0f} CPU minutes; "
+          "flags of train.py:")
+    for name, (flags, _) in rows.items():
+        print(f"    {name}: {flags}")
+    if args.study in study_pictures.PICTURES and not args.rates:
         study_pictures.PICTURES[args.study](lines, {(name, seed): runs[flags, seed] for name, (flags, _) in rows.items()
                                                     for seed in seeds}, ROOT / "results")
 
