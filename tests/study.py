@@ -80,7 +80,8 @@ def policies(rows):
 
 # study -> row of the table -> (flags of train.py, where in the run folder its metrics are: file, then keys)
 STUDIES = {
-    # Learning rates: the best of 0.5, 1 and 2 times a first guess (--rates), MidPO's being its routers'
+    # Learning rates: the best (--rates) of 0.5, 1 and 2 times 1.6e-4, of DPO on harmless pairs and SafeDPO with Δ = 10
+    # 8e-5, of MidPO's routers 3e-4
     "all": {
         **policies({
             "DPO, helpful pairs": HELPFUL, "DPO, harmless pairs": f"--method dpo --view harmless {SHARE} --lr 8e-5",
