@@ -122,6 +122,8 @@ def metrics_of(out, where, split):
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024,
                     margins=last.get("rewards/margins", math.nan), score_margin=last.get("score_margin", math.nan))
+    if "helpfulness_safe" in metrics:
+        more["score"] = metrics["helpfulness_safe"] + metrics["harmless_ratio_unsafe"]
     if (out / "margins.json").is_file() and keys[0] == "policy":
         last = read_json(out / "margins.json")["rows"][-1]
         more.update({name: last[name] for name in ("q10", "q50", "q90", "passed")})
