@@ -102,7 +102,7 @@ def l1(lines, runs, folder):
                   xticklabels=[name.rpartition(" ")[2] for name in rows],
                   title=f"{float(share):.0%} of the router's comparisons harmful")
         panel.title.set_fontsize(9)
-    axes[0].legend(fontsize=6)
+    axes[-1].legend(fontsize=6, loc="center left")
     save(figure, folder, "l1")
 
 
