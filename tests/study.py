@@ -35,9 +35,10 @@ TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
-# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights
+# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights. For 10 the best (--rates) of 0.5, 1 and
+# 2 times 3e-4 for PMoL and for one LoRA; the others are not chosen yet
 RATES = {2: (1.6e-4, 1.6e-4, 1.6e-5), 3: (1.6e-4, 1.6e-4, 1.6e-5), 4: (1.6e-4, 1.6e-4, 1.6e-5),
-         6: (3e-4, 3e-4, 3e-5), 10: (3e-4, 3e-4, 3e-5)}
+         6: (3e-4, 1.5e-4, 3e-5), 10: (3e-4, 1.5e-4, 3e-5)}
 FRIENDLY = "0.8,0.8,0.2,0.2,0.2,0.2,0.2,0.2,0.2,0.8"  # s_c of TEN: lower for those that only differ in courtesies
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --epochs 3 "
           "--lr 4e-4")
