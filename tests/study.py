@@ -4,6 +4,7 @@
     python tests/study.py all --rates 0.5,1,2            development split, seeds 0 to 2: every row at each of these
                                                          multiples of its learning rate, and which one is best
     python tests/study.py pmol --rows "^10:" --seeds 3,4 some rows, some seeds
+    python tests/study.py all --against MidPO            what the other rows have more than this one, seed by seed
 
 Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are
 kept when finished, so a call that was interrupted goes on; each runs on one thread, `--jobs` at a time. CPU seconds and
@@ -234,6 +235,15 @@ def cost_columns(rows, runs, seeds):
             "time per token, × base": ["1", *(f"{ratio:.2f}" for _, _, ratio in found)]}
 
 
+def differences(rows, runs, seeds, split, against):
+    """{row: what its metrics have more than the row `against`, seed by seed: they share base model and comparisons}."""
+    found = {name: [metrics_of(runs[flags, seed], where, split) for seed in seeds]
+             for name, (flags, where) in rows.items()}
+    pairs = {name: [*zip(of_row, found[against])] for name, of_row in found.items() if name != against}
+    return {name: over_seeds([{key: mine[key] - other.get(key, math.nan) for key in mine} for mine, other in of_row])
+            for name, of_row in pairs.items()}
+
+
 def read(rows, runs, seeds, split, by_number):
     """{row: metrics over seeds}, the bases' among them. by_number: a base for each number of preferences."""
     lines = {}
@@ -292,7 +302,7 @@ def rate_table(lines):
 def columns_of(study, lines):
     """{metric: heading} of a study's table."""
     if study.startswith("moe") or study == "tastes":
-        columns = {key: key for key in lines["base"] if not key.endswith("_se") and not key.startswith("degenerate")}
+        columns = {key: key for key in next(iter(lines.values())) if not key.endswith("_se") and not key.startswith("degenerate")}
         columns |= {"recovered": "types recovered"} if study == "moe" else {}  # of three rewards there are none
         return columns | {"own": "own pairs right", "degenerate": "degenerate"}
     columns = {key: toy.COLUMNS[key].replace("/", ", ") for key in (
@@ -308,6 +318,9 @@ def columns_of(study, lines):
 def print_tables(args, lines, rows, runs, seeds):
     if args.rates:
         return print(rate_table(lines))
+    if args.against:
+        columns = columns_of(args.study, lines) if args.study != "pmol" else {"mixing": "mixing score"}
+        return print(markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns))
     if args.study == "pmol":
         return print_pmol(lines)
     columns = columns_of(args.study, lines)
@@ -325,6 +338,7 @@ def main():
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--rows", default="", help="a regular expression: only the rows whose names it is found in")
     parser.add_argument("--rates", help="multiples of the rows' learning rates, with commas: choose, print no table")
+    parser.add_argument("--against", help="a row: print what the others have more than it, seed by seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
     rows = {name: row for name, row in STUDIES[args.study].items() if re.search(args.rows, name)}
@@ -333,14 +347,17 @@ def main():
         rows = {f"{name} × {factor}": (at_rate(flags, float(factor)), where) for name, (flags, where) in rows.items()
                 for factor in args.rates.split(",")}
     seeds = [int(seed) for seed in (args.seeds or ("0,1,2" if args.split == "dev" else "3,4,5,6,7")).split(",")]
+    if args.against and (args.against not in rows or len(seeds) < 2):
+        parser.error("--against: name one of the rows, and two seeds or more")
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(make_base, seeds))
         for depth in (1, 2):  # first the runs that others go on from
             jobs = {(flags, seed): pool.submit(train, flags, seed, args.split) for seed in seeds
                     for flags in {" then ".join(flags.split(" then ")[:depth]): 0 for flags, _ in rows.values()}}
             runs = {key: job.result() for key, job in jobs.items()}
-    lines = read(rows, runs, seeds, args.split, args.study == "pmol")
-    if args.study in ("pmol", "delta") and not args.rates:
+    lines = (differences(rows, runs, seeds, args.split, args.against) if args.against else
+             read(rows, runs, seeds, args.split, args.study == "pmol"))
+    if args.study in ("pmol", "delta") and not args.rates and not args.against:
         add_forgetting(lines, rows, runs, seeds, args.split)
     print_tables(args, lines, rows, runs, seeds)
     minutes = sum(read_json(folder / "cost.json")["cpu_seconds"] for folder in runs.values()) / 60
@@ -348,7 +365,7 @@ def main():
           "flags of train.py:")
     for name, (flags, _) in rows.items():
         print(f"    {name}: {flags}")
-    if args.study in study_pictures.PICTURES and not args.rates:
+    if args.study in study_pictures.PICTURES and not args.rates and not args.against:
         study_pictures.PICTURES[args.study](lines, {(name, seed): runs[flags, seed] for name, (flags, _) in rows.items()
                                                     for seed in seeds}, ROOT / "results")
 

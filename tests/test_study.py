@@ -43,6 +43,15 @@ def test_the_best_rate_is_that_of_the_highest_score_whose_language_holds():
     assert cells["A, b × 1"][0].strip().startswith("1.800 ± 0.020")
 
 
+def test_differences_are_taken_seed_by_seed(monkeypatch):
+    scores = {"a": (0.5, 0.9, 0.1), "b": (0.6, 1.0, 0.5)}  # of seeds 0 to 2: +0.1, +0.1, +0.4
+    monkeypatch.setattr(study, "metrics_of", lambda run, where, split: {"score": scores[run[0]][run[1]], "score_se": 0})
+    runs = {(name, seed): (name, seed) for name in "ab" for seed in range(3)}
+    lines = study.differences({"A": ("a", "x"), "B": ("b", "x")}, runs, range(3), "test", "A")
+    assert lines.keys() == {"B"} and lines["B"]["score"] == pytest.approx(0.2)
+    assert lines["B"]["score_se"] == pytest.approx(0.1)
+
+
 def test_pairs_of_two_preferences_are_those_of_t_or_contradict_each_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     comparisons = toy.make_comparisons(toy.COMPARISONS, 1, 0.7)
