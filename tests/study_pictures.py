@@ -23,10 +23,10 @@ def save(figure, folder, study):
     print(f"\n{path}")
 
 
-def draw(axes, xs, rows, key, label, i):
+def draw(axes, xs, rows, key, label, i, line="-"):
     """One metric of rows over xs, with its standard error."""
     axes.errorbar(xs, [row[key] for row in rows], [row[f"{key}_se"] for row in rows], marker=MARKS[i % 7],
-                  color=COLOURS[i % 7], capsize=3, markersize=4, linewidth=1.2, label=label)
+                  color=COLOURS[i % 7], linestyle=line, capsize=3, markersize=4, linewidth=1.2, label=label)
 
 
 def seeds_of(runs, name):
@@ -73,13 +73,12 @@ def noise(lines, runs, folder):
     figure, axes = panels(len(flips), sharey=True)
     for panel, flip in zip(axes, flips):
         metrics = (("harmless_ratio_unsafe", "harmless on harmful", "-"), ("helpfulness_safe", "helpful on safe", "--"))
-        for i, (method, (key, what, line)) in enumerate(itertools.product(methods, metrics)):
+        for (i, method), (key, what, line) in itertools.product(enumerate(methods), metrics):
             rows = {name: row for name, row in lines.items() if name.startswith(f"{method}, {flip} ")}
             shares = [float(name.rpartition(" ")[2]) for name in rows]
-            draw(panel, shares, [*rows.values()], key, f"{method}: {what}", i)
-            panel.lines[-1].set_linestyle(line)
+            draw(panel, shares, [*rows.values()], key, f"{method}: {what}", i, line)
         panel.set(xlabel=f"share of labels flipped (--{flip})", ylabel="score" if panel is axes[0] else "")
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=6, loc="lower left")
     save(figure, folder, "noise")
 
 
