@@ -78,7 +78,8 @@ def noise(lines, runs, folder):
             shares = [float(name.rpartition(" ")[2]) for name in rows]
             draw(panel, shares, [*rows.values()], key, f"{method}: {what}", i, line)
         panel.set(xlabel=f"share of labels flipped (--{flip})", ylabel="score" if panel is axes[0] else "")
-    axes[0].legend(fontsize=6, loc="lower left")
+    figure.set_size_inches(10, 3.4)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     save(figure, folder, "noise")
 
 
