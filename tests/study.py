@@ -283,12 +283,12 @@ def at_rate(flags, factor):
     return f"{head}--lr {float(rate) * factor:g} {rest}".strip()
 
 
-def rate_table(lines):
+def rate_table(lines, score=""):
     """Of rows "name × factor" the score, the degenerate answers, and which factor is best: that of the highest score with
-    at most 5 points more degenerate answers than the base. Without preferences the score is the sum of helpfulness on
-    safe and harmlessness on harmful prompts."""
+    at most 5 points more degenerate answers than the base. score: a metric; if none, the mixing score, or without
+    preferences the sum of helpfulness on safe and harmlessness on harmful prompts."""
     lines, best = dict(lines), {}
-    score = "mixing" if any("mixing" in line for line in lines.values()) else "score"
+    score = score or ("mixing" if any("mixing" in line for line in lines.values()) else "score")
     bases = {name.removesuffix("base"): lines.pop(name) for name in list(lines) if name.endswith("base")}
     for name, line in lines.items():
         group = next(group for group in bases if name.startswith(group))
@@ -317,7 +317,7 @@ def columns_of(study, lines):
 
 def print_tables(args, lines, rows, runs, seeds):
     if args.rates:
-        return print(rate_table(lines))
+        return print(rate_table(lines, args.score))
     if args.against:
         columns = columns_of(args.study, lines) if args.study != "pmol" else {"mixing": "mixing score"}
         return print(markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns))
@@ -338,6 +338,7 @@ def main():
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--rows", default="", help="a regular expression: only the rows whose names it is found in")
     parser.add_argument("--rates", help="multiples of the rows' learning rates, with commas: choose, print no table")
+    parser.add_argument("--score", default="", help="of --rates: the metric that decides (default: see rate_table)")
     parser.add_argument("--against", help="a row: print what the others have more than it, seed by seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
