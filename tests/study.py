@@ -4,7 +4,7 @@
     python tests/study.py all --rates 0.5,1,2            development split, seeds 0 to 2: every row at each of these
                                                          multiples of its learning rate, and which one is best
     python tests/study.py pmol --rows "^10:" --seeds 3,4 some rows, some seeds
-    python tests/study.py all --against MidPO            what the other rows have more than this one, seed by seed
+    python tests/study.py all --against MidPO            how far the other rows are above this one, seed by seed
 
 Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are
 kept when finished, so a call that was interrupted goes on; each runs on one thread, `--jobs` at a time. CPU seconds and
@@ -36,8 +36,8 @@ TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
-# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights. For 10 the best (--rates) of 0.5, 1 and
-# 2 times 3e-4 for PMoL and for one LoRA; the others are not chosen yet
+# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights. For 10 the best (--rates) of 0.5, 1
+# and 2 times 3e-4 for PMoL and for one LoRA; the others are not chosen yet
 RATES = {2: (1.6e-4, 1.6e-4, 1.6e-5), 3: (1.6e-4, 1.6e-4, 1.6e-5), 4: (1.6e-4, 1.6e-4, 1.6e-5),
          6: (3e-4, 1.5e-4, 3e-5), 10: (3e-4, 1.5e-4, 3e-5)}
 FRIENDLY = "0.8,0.8,0.2,0.2,0.2,0.2,0.2,0.2,0.2,0.8"  # s_c of TEN: lower for those that only differ in courtesies
@@ -109,7 +109,7 @@ STUDIES = {
     "l1": policies({f"{share}: L1 {weight}": f"{MIDPO} then {MIDPO} --harmful_share {share} --router_l1 {weight} "
                                              "--init_adapter {before}/safety/adapter,{before}/helpful/adapter"
                     for share in (0.45, 0.7) for weight in (0, 0.001, 0.01, 0.1, 1)}),
-    # The score models are regularised, so that margins are about 1.5, which Δr passes
+    # The score models are regularised, so that margins are about 1.4 and 3.4: Δr passes them or comes near
     "spe": {name: (f"{first}--method {method} --view {view} {SMALL_MARGINS}{flag}", "eval.json policy")
             for view, score in (("helpful", "reward"), ("safety", "cost"))
             for name, first, method, flag in (
@@ -236,7 +236,8 @@ def cost_columns(rows, runs, seeds):
 
 
 def differences(rows, runs, seeds, split, against):
-    """{row: what its metrics have more than the row `against`, seed by seed: they share base model and comparisons}."""
+    """{row: how far its metrics are above those of the row `against`}, seed by seed, as the rows of a seed share base
+    model and comparisons."""
     found = {name: [metrics_of(runs[flags, seed], where, split) for seed in seeds]
              for name, (flags, where) in rows.items()}
     pairs = {name: [*zip(of_row, found[against])] for name, of_row in found.items() if name != against}
@@ -284,8 +285,8 @@ def at_rate(flags, factor):
 
 
 def rate_table(lines, score=""):
-    """Of rows "name × factor" the score, the degenerate answers, and which factor is best: that of the highest score with
-    at most 5 points more degenerate answers than the base. score: a metric; if none, the mixing score, or without
+    """Of rows "name × factor" the score, the degenerate answers, and which factor is best: that of the highest score
+    with at most 5 points more degenerate answers than the base. score: a metric; if none, the mixing score, or without
     preferences the sum of helpfulness on safe and harmlessness on harmful prompts."""
     lines, best = dict(lines), {}
     score = score or ("mixing" if any("mixing" in line for line in lines.values()) else "score")
@@ -302,7 +303,8 @@ def rate_table(lines, score=""):
 def columns_of(study, lines):
     """{metric: heading} of a study's table."""
     if study.startswith("moe") or study == "tastes":
-        columns = {key: key for key in next(iter(lines.values())) if not key.endswith("_se") and not key.startswith("degenerate")}
+        columns = {key: key for key in next(iter(lines.values()))
+                   if not key.endswith("_se") and not key.startswith("degenerate")}
         columns |= {"recovered": "types recovered"} if study == "moe" else {}  # of three rewards there are none
         return columns | {"own": "own pairs right", "degenerate": "degenerate"}
     columns = {key: toy.COLUMNS[key].replace("/", ", ") for key in (
@@ -316,10 +318,11 @@ def columns_of(study, lines):
 
 
 def print_tables(args, lines, rows, runs, seeds):
+    """The tables of a study: of its rows, of the choice of rates, or of differences to one row."""
     if args.rates:
         return print(rate_table(lines, args.score))
     if args.against:
-        columns = columns_of(args.study, lines) if args.study != "pmol" else {"mixing": "mixing score"}
+        columns = {"mixing": "mixing score"} if args.study == "pmol" else columns_of(args.study, lines)
         return print(markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns))
     if args.study == "pmol":
         return print_pmol(lines)
@@ -339,7 +342,7 @@ def main():
     parser.add_argument("--rows", default="", help="a regular expression: only the rows whose names it is found in")
     parser.add_argument("--rates", help="multiples of the rows' learning rates, with commas: choose, print no table")
     parser.add_argument("--score", default="", help="of --rates: the metric that decides (default: see rate_table)")
-    parser.add_argument("--against", help="a row: print what the others have more than it, seed by seed")
+    parser.add_argument("--against", help="a row: print how far the others are above it, seed by seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
     rows = {name: row for name, row in STUDIES[args.study].items() if re.search(args.rows, name)}
@@ -358,7 +361,8 @@ def main():
             runs = {key: job.result() for key, job in jobs.items()}
     lines = (differences(rows, runs, seeds, args.split, args.against) if args.against else
              read(rows, runs, seeds, args.split, args.study == "pmol"))
-    if args.study in ("pmol", "delta") and not args.rates and not args.against:
+    own = not (args.rates or args.against)  # the study itself, not a question about it
+    if args.study in ("pmol", "delta") and own:
         add_forgetting(lines, rows, runs, seeds, args.split)
     print_tables(args, lines, rows, runs, seeds)
     minutes = sum(read_json(folder / "cost.json")["cpu_seconds"] for folder in runs.values()) / 60
@@ -366,7 +370,7 @@ def main():
           "flags of train.py:")
     for name, (flags, _) in rows.items():
         print(f"    {name}: {flags}")
-    if args.study in study_pictures.PICTURES and not args.rates and not args.against:
+    if args.study in study_pictures.PICTURES and own:
         study_pictures.PICTURES[args.study](lines, {(name, seed): runs[flags, seed] for name, (flags, _) in rows.items()
                                                     for seed in seeds}, ROOT / "results")
 

@@ -36,7 +36,8 @@ def test_the_best_rate_is_that_of_the_highest_score_whose_language_holds():
         return {"score": helpful + harmless, "score_se": 0.02, "degenerate": degenerate, "degenerate_se": 0.01}
 
     table = study.rate_table({"base": line(0.9, 0.5, 0.01), "A, b × 0.5": line(0.8, 0.9, 0.02),
-                              "A, b × 1": line(0.9, 0.9, 0.05), "A, b × 2": line(1.0, 1.0, 0.07), "C × 1": line(0, 0, 1)})
+                              "A, b × 1": line(0.9, 0.9, 0.05), "A, b × 2": line(1.0, 1.0, 0.07),
+                              "C × 1": line(0, 0, 1)})
     cells = {row.split("|")[1].strip(): row.split("|")[2:5:2] for row in table.split("\n")[2:]}
     assert {name: mark.strip() for name, (_, mark) in cells.items()} == {
         "A, b × 0.5": "", "A, b × 1": "✓", "A, b × 2": "", "C × 1": ""}
