@@ -764,14 +764,15 @@ def as_command(main, name, interrupted):
     name += f" (rank {rank})" if (rank := os.environ.get("RANK", "0")) != "0" else ""
     try:
         main()
+        if torch.distributed.is_initialized():  # its threads live on if a cache of torch keeps it; now and then they
+            torch.distributed.destroy_process_group()  # would abort the interpreter at its end, so do without that end
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(0)
     except (UserError, SafetensorError, OSError) as error:  # a full disk, a folder that may not be written, a long name
         sys.exit(f"{name}: {UserError(str(error))}")
     except KeyboardInterrupt as stopped:
         print(f"{name}: {interrupted}", file=sys.stderr)
         sys.exit(0 if stopped.args == (signal.SIGTERM,) else 130)
-    finally:
-        if torch.distributed.is_initialized():  # its threads would abort the process at its end, now and then
-            torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)

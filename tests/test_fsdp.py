@@ -17,6 +17,7 @@ import model
 import toy
 import train
 from conftest import interrupt_at, make_quick, make_small, mistake, run, timeless
+from eval import as_command
 from losses import Processes
 from model import ModelConfig, Transformer
 from test_processes import torchrun
@@ -127,4 +128,4 @@ if __name__ == "__main__":
     patch = pytest.MonkeyPatch()
     make_small(patch)
     make_quick(patch)
-    work(patch, Processes.join())
+    as_command(lambda: work(patch, Processes.join()), "test_fsdp.py", "interrupted")

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error, timeless
+from eval import as_command
 from losses import Processes
 from test_memory import check_that_a_step_in_two_processes_is_that_of_one
 from test_steps import METHODS, check_equal, inputs_of, step_of
@@ -101,6 +102,19 @@ def test_where_one_process_dies_the_run_ends_with_a_line_that_says_so(place, fla
     assert process.returncode and "another process of this run has ended" in output
 
 
+def test_processes_end_without_the_end_of_the_interpreter(place):
+    """It would abort one of them now and then: torch keeps threads of the process group, here in default arguments."""
+    Path("command.py").write_text("import atexit, eval, losses\n"
+                                  "atexit.register(print, 'the end of the interpreter')\n"
+                                  "def main():\n"
+                                  "    losses.Processes.join()\n"
+                                  "    import torch.distributed.nn\n"
+                                  "    print('done')\n"
+                                  "eval.as_command(main, '', '')\n")
+    output = torchrun("command.py")
+    assert "done" in output and "the end of" not in output
+
+
 def test_two_processes_share_the_answers_to_prompts_and_give_those_of_one(place):
     train("out/one", "--max_steps", 3, count=1)
     things = ("bread", "a cake", "a pie", "rolls", "it")
@@ -119,7 +133,8 @@ def test_two_processes_share_the_answers_to_prompts_and_give_those_of_one(place)
         assert tables[0][name] == pytest.approx(tables[1][name], rel=1e-4, abs=1e-6)
 
 
-if __name__ == "__main__":
+def work():
+    """What two processes do for the first test."""
     make_small(pytest.MonkeyPatch())
     processes = Processes.join()
     for name in METHODS:
@@ -129,3 +144,7 @@ if __name__ == "__main__":
         print(json.dumps(name), "same step", flush=True)
     check_that_a_step_in_two_processes_is_that_of_one(processes)
     print("--low_memory same step", flush=True)
+
+
+if __name__ == "__main__":
+    as_command(work, "test_processes.py", "interrupted")
