@@ -41,6 +41,7 @@ TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer
 RATES = {2: (1.6e-4, 1.6e-4, 1.6e-5), 3: (1.6e-4, 1.6e-4, 1.6e-5), 4: (1.6e-4, 1.6e-4, 1.6e-5),
          6: (3e-4, 1.5e-4, 3e-5), 10: (3e-4, 1.5e-4, 3e-5)}
 FRIENDLY = "0.8,0.8,0.2,0.2,0.2,0.2,0.2,0.2,0.2,0.8"  # s_c of TEN: lower for those that only differ in courtesies
+ATTENTION = "--lora_targets q_proj,v_proj,down_proj"
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --epochs 3 "
           "--lr 4e-4")
 ANNEALED = "--q_temperature 8,1"
@@ -59,10 +60,11 @@ def pmol(count, flags=""):
     return f"--method pmol --experts {count} --lr {RATES[count][0]} {mixed(count)} {flags}".strip()
 
 
-def single(count):
-    """One LoRA with as many trainable parameters as PMoL with so many experts of rank 16, routers included."""
-    rank = round(16 * count + (count + 1) * 384 / (384 + 128))  # down_proj: 384 inputs, 128 outputs
-    return f"--method dpo --lora_rank {rank} --lr {RATES[count][1]} {mixed(count)}"
+def single(count, inputs=384, outputs=128, flags=""):
+    """One LoRA with as many trainable parameters as PMoL with so many experts of rank 16, routers included. inputs,
+    outputs: of the layers with experts, together; those of down_proj if nothing is said."""
+    rank = round(16 * count + (count + 1) * inputs / (inputs + outputs))
+    return f"--method dpo --lora_rank {rank} --lr {RATES[count][1]} {mixed(count)} {flags}".strip()
 
 
 def whole(count):
@@ -109,6 +111,8 @@ STUDIES = {
     "l1": policies({f"{share}: L1 {weight}": f"{MIDPO} then {MIDPO} --harmful_share {share} --router_l1 {weight} "
                                              "--init_adapter {before}/safety/adapter,{before}/helpful/adapter"
                     for share in (0.45, 0.7) for weight in (0, 0.001, 0.01, 0.1, 1)}),
+    "targets": policies({"down_proj": MIDPO, "attention": f"{MIDPO} --lora_targets q_proj,k_proj,v_proj,o_proj",
+                         "all linear layers": f"{MIDPO} --lora_targets all-linear"}),
     # The score models are regularised, so that margins are about 1.4 and 3.4: Δr passes them or comes near
     "spe": {name: (f"{first}--method {method} --view {view} {SMALL_MARGINS}{flag}", "eval.json policy")
             for view, score in (("helpful", "reward"), ("safety", "cost"))
@@ -149,6 +153,8 @@ STUDIES = {
         **{f"{count}: PMoL, {name}": (pmol(count, flag), "eval.json policy preferences") for count in (3, 10)
            for name, flag in (("no soft loss", "--egs_weight 0"), ("no empty expert", "--no_empty_expert"),
                               ("s_c = 0", "--soft_constraint 0"), ("s_c = 1", "--soft_constraint 1"))},
+        "10: PMoL, attention too": (pmol(10, ATTENTION), "eval.json policy preferences"),
+        "10: single LoRA, attention too": (single(10, 640, 384, ATTENTION), "eval.json policy preferences"),
         "10: PMoL, s_c = 0.8 or 0.2": (pmol(10, f"--soft_constraint {FRIENDLY}"), "eval.json policy preferences"),
     },
     "moe": {
