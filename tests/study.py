@@ -71,10 +71,9 @@ def whole(count):
     return f"--method dpo --lora_rank 0 --lr {RATES[count][2]} {mixed(count)}"
 
 
-def uses(name, flags, *experts):
-    """Rows for the ways of using a mixture; an expert of a preference is the one that serves it best."""
-    return {f"{name}: {use}": (flags, f"eval.json uses {use.replace(' ', '_')}")
-            for use in ("mixture", "sparse", *(f"expert for {preference}" for preference in experts))}
+def uses(name, flags):
+    """Rows for the ways of using a mixture; known: where it is known which preference counts, its own expert's."""
+    return {f"{name}: {use}": (flags, f"eval.json uses {use}") for use in ("mixture", "sparse", "known")}
 
 
 def policies(rows):
@@ -160,9 +159,9 @@ STUDIES = {
     "moe": {
         "DPO": ("--method dpo --groups warmth,curtness --annotators 100 --beta 0.3 --lr 4e-4",
                 "eval.json policy preferences"),
-        **uses("gate on users", "--method moe-dpo --lr 4e-4", "warmth", "curtness"),
-        **uses("annotator latents", LATENT, "warmth", "curtness"),
-        **uses("annotator latents, q annealed", f"{LATENT} {ANNEALED}", "warmth", "curtness"),
+        **uses("gate on users", "--method moe-dpo --lr 4e-4"),
+        **uses("annotator latents", LATENT),
+        **uses("annotator latents, q annealed", f"{LATENT} {ANNEALED}"),
         "objective Σ w L: mixture": ("--method moe-dpo --objective weights --lr 4e-4", "eval.json uses mixture"),
         "no gate, comparison latents: mixture": ("--method mix-dpo --lr 4e-4", "eval.json uses mixture"),
         "no gate, comparison latents, q annealed: mixture": (f"--method mix-dpo {ANNEALED} --lr 4e-4",
@@ -173,15 +172,13 @@ STUDIES = {
     "moe-conflicting": {
         "DPO, rank 48": (f"--method dpo --lora_rank 48 --beta 0.3 {CONFLICTING} --annotators 150 --lr 2e-4",
                          "eval.json policy preferences"),
-        **uses("annotator latents", f"{LATENT} --experts 3 {CONFLICTING}", "sentiment", "informativeness", "concision"),
-        **uses("annotator latents, q annealed", f"{LATENT} --experts 3 {CONFLICTING} {ANNEALED}",
-               "sentiment", "informativeness", "concision"),
+        **uses("annotator latents", f"{LATENT} --experts 3 {CONFLICTING}"),
+        **uses("annotator latents, q annealed", f"{LATENT} --experts 3 {CONFLICTING} {ANNEALED}"),
     },
     "moe3": {
         "DPO": (f"--method dpo --beta 0.3 --lr 2e-4 --lora_targets lm_head --lora_rank 32 {REWARDS}",
                 "eval.json policy preferences"),  # the layer of the two heads, and as many parameters
-        **uses("shared trunk, gate on rewards", f"--method moe-dpo --share trunk --lr 2e-4 {REWARDS}",
-               "sentiment", "informativeness"),
+        **uses("shared trunk, gate on rewards", f"--method moe-dpo --share trunk --lr 2e-4 {REWARDS}"),
         "shared trunk, no gate: mixture": (f"--method mix-dpo --share trunk --lr 2e-4 {REWARDS}",
                                            "eval.json uses mixture"),
     },

@@ -97,6 +97,18 @@ def train(flags, seed, split):
 # Reading
 
 
+def of_known(uses, accuracy):
+    """Metrics where it is known which preference counts: the score of a preference is that of the expert that orders
+    most of its held-out pairs rightly. uses: {expert's number: metrics}. accuracy: {preference: [of each expert]}."""
+    served = {name: uses[str(rights.index(max(rights)))] for name, rights in accuracy.items()}
+    metrics = {key: expert[key] for name, expert in served.items() for key in (name, f"{name}_se")}
+    for key, values in (("mixing", [(expert[name], expert[f"{name}_se"]) for name, expert in served.items()]),
+                        ("degenerate", [(expert["degenerate"], expert["degenerate_se"]) for expert in served.values()])):
+        means, errors = zip(*values)
+        metrics |= {key: statistics.mean(means), f"{key}_se": math.hypot(*errors) / len(errors)}
+    return metrics
+
+
 def metrics_of(out, where, split):
     """The metrics of a finished run; experts merged at fixed weights are evaluated now. where: file, then keys."""
     file, *keys = where.split()
@@ -107,10 +119,7 @@ def metrics_of(out, where, split):
         run([ROOT / "eval.py", out, "--static", weights, "--split", split])
     metrics = read_json(out / file)
     for key in keys:
-        if key.startswith("expert_for_"):
-            preference = key.removeprefix("expert_for_")
-            key = max(filter(str.isdecimal, metrics), key=lambda k: metrics[k][preference])
-        metrics = metrics[key]
+        metrics = metrics[key] if key != "known" else of_known(metrics, read_json(out / "experts.json")["accuracy"])
     more = {}
     if "uses" in keys:  # diagnostics of the experts: types recovered, pairs ordered rightly
         experts = read_json(out / "experts.json")

@@ -53,6 +53,17 @@ def test_differences_are_taken_seed_by_seed(monkeypatch):
     assert lines["B"]["score_se"] == pytest.approx(0.1)
 
 
+def test_where_the_preference_is_known_its_expert_is_chosen_by_held_out_pairs():
+    def line(a, b, degenerate):
+        return {"a": a, "a_se": 0.3, "b": b, "b_se": 0.4, "mixing": 9, "mixing_se": 9, "degenerate": degenerate,
+                "degenerate_se": 0}
+
+    experts = {"0": line(0.9, 0.8, 0.0), "1": line(0.7, 0.6, 0.1), "mixture": line(1, 1, 1)}
+    metrics = study_runs.of_known(experts, {"a": [0.4, 0.6], "b": [0.9, 0.1]})
+    assert metrics == pytest.approx({"a": 0.7, "a_se": 0.3, "b": 0.8, "b_se": 0.4, "mixing": 0.75, "mixing_se": 0.25,
+                                     "degenerate": 0.05, "degenerate_se": 0})
+
+
 def test_pairs_of_two_preferences_are_those_of_t_or_contradict_each_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     comparisons = toy.make_comparisons(toy.COMPARISONS, 1, 0.7)
