@@ -117,8 +117,9 @@ STUDIES = {
             for view, score in (("helpful", "reward"), ("safety", "cost"))
             for name, first, method, flag in (
                 (f"DPO, {view}", "", "dpo", ""),
-                (f"SPE-DPO, {view}", f"--method {score} --score_l2 0.1 {SHARE} then ", "spe-dpo",
-                 f" --{score}_model {{before}}/model"))},
+                *((f"SPE-DPO, {view}{what}", f"--method {score} --score_l2 0.1 {data} then ", "spe-dpo",
+                   f" --{score}_model {{before}}/model")
+                  for what, data in (("", SHARE), (", margins out of sample", "--data {others}"))))},
     "conflict": policies({"one LoRA on both": "record conflict --method dpo --data {joint}",
                           "safety expert": "record conflict:harmlessness --method dpo --data {joint}",
                           "helpfulness expert": "record conflict:helpfulness --method dpo --data {joint}"}),

@@ -46,9 +46,13 @@ def make_base(seed):
         run([ROOT / "train.py", "--method", "sft", "--max_steps", 1, "--seed", seed, "--out", OUT / f"base-seed{seed}"])
 
 
-def pairs_file(name, seed, share=0.7):
-    """A file of the pairs that 3,000 comparisons of a seed give for two preferences, each pair labelled by its one.
+PAIRS = "others", "transformed", "joint"
 
+
+def pairs_file(name, seed, share=0.7):
+    """A file of 3,000 comparisons, or of the pairs that they give for two preferences, each pair labelled by its one.
+
+    others: not the seed's own comparisons, for score models that have not seen the pairs that they score.
     transformed: SafeDPO's T(D); a pair of safe responses is about helpfulness, one with an unsafe response about
     harmlessness. joint: all comparisons by helpfulness, and those of which one response is safe by harmlessness; on
     harmful prompts the two contradict each other.
@@ -56,23 +60,26 @@ def pairs_file(name, seed, share=0.7):
     path = OUT / f"{name}-seed{seed}.jsonl"
     if path.is_file():
         return path
-    comparisons = toy.make_comparisons(toy.COMPARISONS, seed, share)
-    if name == "transformed":
-        labelled = [(pair, "harmlessness" if pair.rejected_unsafe else "helpfulness")
-                    for pair in apply_view("safedpo", comparisons)[0]]
+    comparisons = toy.make_comparisons(toy.COMPARISONS, seed + 1000 * (name == "others"), share)
+    if name == "others":
+        rows = [{"prompt": one.prompt, "response_0": one.responses[0], "response_1": one.responses[1],
+                 "better_response_id": one.better, "safer_response_id": one.safer,
+                 "is_response_0_safe": not one.unsafe[0], "is_response_1_safe": not one.unsafe[1]}
+                for one in comparisons]
     else:
-        labelled = [(pair, group) for view, group in (("helpful", "helpfulness"), ("safety", "harmlessness"))
-                    for pair in apply_view(view, comparisons)[0]]
+        views = ("safedpo",) if name == "transformed" else ("helpful", "safety")
+        rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+                 "group": "harmlessness" if (pair.rejected_unsafe if view == "safedpo" else view == "safety") else
+                          "helpfulness"} for view in views for pair in apply_view(view, comparisons)[0]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
-                                         "group": group}) + "\n" for pair, group in labelled))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def train(flags, seed, split):
     """Run train.py with these flags, unless it was run to its end before; returns the run folder.
 
-    "A then B" runs A, then B with A's folder in the place of {before}. {transformed} and {joint} stand for
+    "A then B" runs A, then B with A's folder in the place of {before}. {transformed} and so on stand for
     `pairs_file`s; a step that begins with "record" is run by study_record.py.
     """
     folder, steps = "", flags.split(" then ")
@@ -82,7 +89,7 @@ def train(flags, seed, split):
             name += "-" + hashlib.blake2b(" then ".join(steps[:i + 1]).encode(), digest_size=4).hexdigest()
         out = OUT / f"{name}-seed{seed}-{split}"
         if not (out / "cost.json").is_file():
-            files = {name: pairs_file(name, seed) for name in ("transformed", "joint") if f"{{{name}}}" in step}
+            files = {name: pairs_file(name, seed) for name in PAIRS if f"{{{name}}}" in step}
             words = step.format(before=folder, **files).split()
             script = [ROOT / "train.py"]
             if words[0] == "record":

@@ -1,6 +1,7 @@
 """Every row of the studies is a command line that train.py takes, and its own place in out/study/."""
 import pytest
 
+import data
 import study
 import study_pictures
 import study_record
@@ -11,7 +12,7 @@ import train
 
 def test_every_row_is_a_command_line_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    files = {name: study_runs.pairs_file(name, 0) for name in ("transformed", "joint")}
+    files = {name: study_runs.pairs_file(name, 0) for name in study_runs.PAIRS}
     for rows in study.STUDIES.values():
         for flags, where in rows.values():
             for step in flags.split(" then "):
@@ -72,6 +73,15 @@ def test_pairs_of_two_preferences_are_those_of_t_or_contradict_each_other(tmp_pa
     assert len(lines["transformed"]) == sum(not all(c.unsafe) for c in comparisons)
     assert len(lines["joint"]) == len(comparisons) + one_unsafe
     assert all(sum('"harmlessness"' in line for line in found) == one_unsafe for found in lines.values())
+
+
+def test_other_comparisons_are_read_back_with_all_labels(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = data.load_sources((str(study_runs.pairs_file("others", 1)),), 0, 0.0, False)[0]
+    others = toy.make_comparisons(toy.COMPARISONS, 1001, 0.7)
+    for one, same in zip(found, others, strict=True):
+        assert (one.prompt, one.responses, one.better, one.safer, one.unsafe) == (
+            same.prompt, same.responses, same.better, same.safer, same.unsafe)
 
 
 def test_margins_and_conflicts_are_recorded(quick, monkeypatch):
