@@ -36,10 +36,10 @@ TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
-# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights. For 10 the best (--rates) of 0.5, 1
-# and 2 times 3e-4 for PMoL and for one LoRA; the others are not chosen yet
-RATES = {2: (1.6e-4, 1.6e-4, 1.6e-5), 3: (1.6e-4, 1.6e-4, 1.6e-5), 4: (1.6e-4, 1.6e-4, 1.6e-5),
-         6: (3e-4, 1.5e-4, 3e-5), 10: (3e-4, 1.5e-4, 3e-5)}
+# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: the best (--rates) of 0.5, 1 and 2 times
+# 1.6e-4, 1.6e-4 and 1.6e-5 up to four, 3e-4 and 3e-5 for more (one LoRA of six: 1.5e-4); 0.25 was tried where 0.5 was best
+RATES = {2: (8e-5, 8e-5, 8e-6), 3: (8e-5, 8e-5, 8e-6), 4: (1.6e-4, 8e-5, 1.6e-5), 6: (1.5e-4, 7.5e-5, 7.5e-6),
+         10: (3e-4, 1.5e-4, 3e-5)}
 FRIENDLY = "0.8,0.8,0.2,0.2,0.2,0.2,0.2,0.2,0.2,0.8"  # s_c of TEN: lower for those that only differ in courtesies
 ATTENTION = "--lora_targets q_proj,v_proj,down_proj"
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --epochs 3 "
@@ -123,11 +123,11 @@ STUDIES = {
     "conflict": policies({"one LoRA on both": "record conflict --method dpo --data {joint}",
                           "safety expert": "record conflict:harmlessness --method dpo --data {joint}",
                           "helpfulness expert": "record conflict:helpfulness --method dpo --data {joint}"}),
-    "tastes": {
-        "DPO, rank 32": (f"--method dpo --lora_rank 32 {VISIBLE} --beta 0.3 --lr 2e-4", "eval.json policy preferences"),
-        **{f"gate: {gate}": (f"--method moe-dpo --annotators 0 --gate {gate} {VISIBLE} --lr 2e-4",
+    "tastes": {  # the best (--rates) of 0.5, 1 and 2 times 2e-4
+        "DPO, rank 32": (f"--method dpo --lora_rank 32 {VISIBLE} --beta 0.3 --lr 1e-4", "eval.json policy preferences"),
+        **{f"gate: {gate}": (f"--method moe-dpo --annotators 0 --gate {gate} {VISIBLE} --lr {rate}",
                              "eval.json uses mixture")
-           for gate in ("prompt", "user", "0.5,0.5")},
+           for gate, rate in (("prompt", 4e-4), ("user", 1e-4), ("0.5,0.5", 4e-4))},
     },
     "safedpo": {
         **{f"SafeDPO Δ = {delta}, LoRA": (f"--method safedpo --delta {delta} --lora_rank 16", "eval.json policy")
