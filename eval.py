@@ -764,10 +764,11 @@ def as_command(main, name, interrupted):
     name += f" (rank {rank})" if (rank := os.environ.get("RANK", "0")) != "0" else ""
     try:
         main()
-        if torch.distributed.is_initialized():  # its threads live on if a cache of torch keeps it; now and then they
-            torch.distributed.destroy_process_group()  # would abort the interpreter at its end, so do without that end
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(0)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # torch may keep the group's threads in a cache; they abort the interpreter's end now and then
     except (UserError, SafetensorError, OSError) as error:  # a full disk, a folder that may not be written, a long name
         sys.exit(f"{name}: {UserError(str(error))}")
     except KeyboardInterrupt as stopped:
