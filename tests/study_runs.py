@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -47,6 +48,7 @@ def make_base(seed):
 
 
 PAIRS = "others", "transformed", "joint"
+WRITING = threading.Lock()  # rows that want the same file come at the same time
 
 
 def pairs_file(name, seed, share=0.7):
@@ -89,7 +91,8 @@ def train(flags, seed, split):
             name += "-" + hashlib.blake2b(" then ".join(steps[:i + 1]).encode(), digest_size=4).hexdigest()
         out = OUT / f"{name}-seed{seed}-{split}"
         if not (out / "cost.json").is_file():
-            files = {name: pairs_file(name, seed) for name in PAIRS if f"{{{name}}}" in step}
+            with WRITING:
+                files = {name: pairs_file(name, seed) for name in PAIRS if f"{{{name}}}" in step}
             words = step.format(before=folder, **files).split()
             script = [ROOT / "train.py"]
             if words[0] == "record":

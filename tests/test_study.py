@@ -1,4 +1,6 @@
 """Every row of the studies is a command line that train.py takes, and its own place in out/study/."""
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 import data
@@ -8,6 +10,7 @@ import study_record
 import study_runs
 import toy
 import train
+from model import read_json
 
 
 def test_every_row_is_a_command_line_of_its_own(tmp_path, monkeypatch):
@@ -73,6 +76,15 @@ def test_pairs_of_two_preferences_are_those_of_t_or_contradict_each_other(tmp_pa
     assert len(lines["transformed"]) == sum(not all(c.unsafe) for c in comparisons)
     assert len(lines["joint"]) == len(comparisons) + one_unsafe
     assert all(sum('"harmlessness"' in line for line in found) == one_unsafe for found in lines.values())
+
+
+def test_rows_that_want_the_same_file_at_once_both_get_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_runs, "run", lambda command: {"cpu_seconds": 0, "files": [*map(str, command)]})
+    with ThreadPoolExecutor(8) as pool:
+        folders = [*pool.map(lambda rate: study_runs.train(f"--data {{others}} --lr {rate}", 1, "dev"), range(8))]
+    assert all("out/study/others-seed1.jsonl" in read_json(folder / "cost.json")["files"] for folder in folders)
+    assert [path.name for path in (tmp_path / "out/study").glob("others*")] == ["others-seed1.jsonl"]
 
 
 def test_other_comparisons_are_read_back_with_all_labels(tmp_path, monkeypatch):
