@@ -757,23 +757,26 @@ def stop_signals():
 
 
 def as_command(main, name, interrupted):
-    """Run a program's main; one line ends it after a user's mistake (exit status 1), Ctrl-C (130) or SIGTERM (0)."""
+    """Run a program's main; one line ends it after a user's mistake (exit status 1), Ctrl-C (130) or SIGTERM (0). Does
+    not return where there are several processes."""
     def stop(number, frame):
         raise KeyboardInterrupt(number)
     signal.signal(signal.SIGTERM, stop)
     name += f" (rank {rank})" if (rank := os.environ.get("RANK", "0")) != "0" else ""
     try:
         main()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)  # torch may keep the group's threads in a cache; they abort the interpreter's end now and then
     except (UserError, SafetensorError, OSError) as error:  # a full disk, a folder that may not be written, a long name
         sys.exit(f"{name}: {UserError(str(error))}")
     except KeyboardInterrupt as stopped:
         print(f"{name}: {interrupted}", file=sys.stderr)
         sys.exit(0 if stopped.args == (signal.SIGTERM,) else 130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            if sys.exc_info()[0] is None:  # torch may still keep the group's threads in a cache, and now and then they
+                sys.stdout.flush()         # abort the interpreter at its end: end without it
+                sys.stderr.flush()
+                os._exit(0)
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,9 @@ TWO = "--data {transformed}"  # the pairs of T(D), by preference
 EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
-# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: the best (--rates) of 0.5, 1 and 2 times
-# 1.6e-4, 1.6e-4 and 1.6e-5 up to four, 3e-4 and 3e-5 for more (one LoRA of six: 1.5e-4); 0.25 was tried where 0.5 was best
+# Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: the best (--rates) of 0.5, 1 and 2
+# times 1.6e-4 (all weights: 1.6e-5) up to four, 3e-4 (3e-5) for more, 1.5e-4 for one LoRA of six; 0.25 was tried too
+# where 0.5 was best
 RATES = {2: (8e-5, 8e-5, 8e-6), 3: (8e-5, 8e-5, 8e-6), 4: (1.6e-4, 8e-5, 1.6e-5), 6: (1.5e-4, 7.5e-5, 7.5e-6),
          10: (3e-4, 1.5e-4, 3e-5)}
 FRIENDLY = "0.8,0.8,0.2,0.2,0.2,0.2,0.2,0.2,0.2,0.8"  # s_c of TEN: lower for those that only differ in courtesies

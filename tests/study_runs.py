@@ -110,12 +110,12 @@ def train(flags, seed, split):
 def of_known(uses, accuracy):
     """Metrics where it is known which preference counts: the score of a preference is that of the expert that orders
     most of its held-out pairs rightly. uses: {expert's number: metrics}. accuracy: {preference: [of each expert]}."""
-    served = {name: uses[str(rights.index(max(rights)))] for name, rights in accuracy.items()}
-    metrics = {key: expert[key] for name, expert in served.items() for key in (name, f"{name}_se")}
-    for key, values in (("mixing", [(expert[name], expert[f"{name}_se"]) for name, expert in served.items()]),
-                        ("degenerate", [(expert["degenerate"], expert["degenerate_se"]) for expert in served.values()])):
-        means, errors = zip(*values)
-        metrics |= {key: statistics.mean(means), f"{key}_se": math.hypot(*errors) / len(errors)}
+    names = [key for key in uses["0"] if f"{key}_se" in uses["0"] and key not in ("mixing", "degenerate")]
+    served = [(uses[str(accuracy[name].index(max(accuracy[name])))], name) for name in names]
+    metrics = {key: expert[key] for expert, name in served for key in (name, f"{name}_se")}
+    for mean, parts in (("mixing", served), ("degenerate", [(expert, "degenerate") for expert, _ in served])):
+        metrics[mean] = statistics.mean(expert[key] for expert, key in parts)
+        metrics[f"{mean}_se"] = math.hypot(*(expert[f"{key}_se"] for expert, key in parts)) / len(parts)
     return metrics
 
 

@@ -103,7 +103,7 @@ def test_where_one_process_dies_the_run_ends_with_a_line_that_says_so(place, fla
 
 
 def test_processes_end_without_the_end_of_the_interpreter(place):
-    """It would abort one of them now and then: torch keeps threads of the process group, here in default arguments."""
+    """Threads of the process group, which torch keeps (here in default arguments), would abort one now and then."""
     Path("command.py").write_text("import atexit, eval, losses\n"
                                   "atexit.register(print, 'the end of the interpreter')\n"
                                   "def main():\n"
