@@ -33,7 +33,6 @@ HELPFUL = f"--method dpo --view helpful {SHARE} --lr 1.6e-4"
 SAFE_BETTER = f"--method dpo --view safe-better {SHARE} --lr 8e-5"
 SAFEDPO = f"--method safedpo --delta 0 {SHARE} --lr 1.6e-4"
 TWO = "--data {transformed}"  # the pairs of T(D), by preference
-EXPERTS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01"
 TEN = ("helpfulness", "harmlessness", "empathy", "brevity", "politeness", "cheer", "directness", "soberness", "reserve",
        "caution")
 # Number of preferences -> learning rate of PMoL, of one LoRA and of all weights: the best (--rates) of 0.5, 1 and 2
@@ -46,7 +45,7 @@ ATTENTION = "--lora_targets q_proj,v_proj,down_proj"
 LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --epochs 3 "
           "--lr 4e-4")
 ANNEALED = "--q_temperature 8,1"
-SMALL_MARGINS = f"{EXPERTS} --beta 1 --epochs 2 --lr 1.6e-4"
+SMALL_MARGINS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01 --beta 1 --epochs 2 --lr 1.6e-4"
 STRONG = "--beta 1 --epochs 4"  # with which Δr passes 10
 VISIBLE = "--groups politeness,directness"  # an opening for a job, none for a class: the prompt says which
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
@@ -111,8 +110,11 @@ STUDIES = {
     "l1": policies({f"{share}: L1 {weight}": f"{MIDPO} then {MIDPO} --harmful_share {share} --router_l1 {weight} "
                                              "--init_adapter {before}/safety/adapter,{before}/helpful/adapter"
                     for share in (0.45, 0.7) for weight in (0, 0.001, 0.01, 0.1, 1)}),
-    "targets": policies({"down_proj": MIDPO, "attention": f"{MIDPO} --lora_targets q_proj,k_proj,v_proj,o_proj",
-                         "all linear layers": f"{MIDPO} --lora_targets all-linear"}),
+    "targets": policies({
+        "down_proj": MIDPO,
+        **{name: f"{MIDPO} --lora_targets {layers} then {MIDPO} --init_adapter "
+                 "{before}/safety/adapter,{before}/helpful/adapter"  # so --rates is about the routers alone
+           for name, layers in (("attention", "q_proj,k_proj,v_proj,o_proj"), ("all linear layers", "all-linear"))}}),
     # The score models are regularised, so that margins are about 1.4 and 3.4: Δr passes them or comes near
     "spe": {name: (f"{first}--method {method} --view {view} {SMALL_MARGINS}{flag}", "eval.json policy")
             for view, score in (("helpful", "reward"), ("safety", "cost"))
@@ -140,14 +142,6 @@ STUDIES = {
         **{f"SafeDPO Δ = {delta}": (f"--method safedpo --delta {delta} --lora_rank 0", "eval.json policy")
            for delta in (0, 2, 5, 10, 20, 50)},
     },
-    "midpo": {
-        "DPO, safety pairs": (f"--method dpo --view safety {EXPERTS}", "eval.json policy"),
-        "DPO, helpfulness pairs": (f"--method dpo --view helpful {EXPERTS} --epochs 1", "eval.json policy"),
-        "SPE-DPO, safety expert": (MIDPO, "safety/eval.json policy"),
-        "SPE-DPO, helpfulness expert": (MIDPO, "helpful/eval.json policy"),
-        "both experts at 0.5": (MIDPO, "eval-static-0.5,0.5.json policy"),
-        "MidPO": (MIDPO, "eval.json policy"),
-    },
     "pmol": {
         **{f"{count}: {name}": (flags(count), "eval.json policy preferences") for count in RATES
            for name, flags in (("PMoL", pmol), ("single LoRA of the same size", single), ("all weights", whole))},
@@ -163,7 +157,6 @@ STUDIES = {
                 "eval.json policy preferences"),
         **uses("gate on users", "--method moe-dpo --lr 4e-4"),
         **uses("annotator latents", LATENT),
-        **uses("annotator latents, q annealed", f"{LATENT} {ANNEALED}"),
         "objective Σ w L: mixture": ("--method moe-dpo --objective weights --lr 4e-4", "eval.json uses mixture"),
         "no gate, comparison latents: mixture": ("--method mix-dpo --lr 4e-4", "eval.json uses mixture"),
         "no gate, comparison latents, q annealed: mixture": (f"--method mix-dpo {ANNEALED} --lr 4e-4",
@@ -334,7 +327,7 @@ def print_tables(args, lines, rows, runs, seeds):
     columns = columns_of(args.study, lines)
     table = markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns)
     print(with_columns(table, cost_columns(rows, runs, seeds)) if args.study == "all" else table)
-    if args.study in ("midpo", "all") and (MIDPO, seeds[0]) in runs:
+    if args.study == "all" and (MIDPO, seeds[0]) in runs:
         print("\nRouter: expert 0 is safety, 1 helpfulness\n")
         print(router_table([metrics_of(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
 
