@@ -7,9 +7,10 @@
     python tests/study.py all --against MidPO            how far the other rows are above this one, seed by seed
 
 Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are
-kept when finished, so a call that was interrupted goes on; each runs on one thread, `--jobs` at a time. CPU seconds and
-peak memory are those of the whole process of a run: training, and judging the policy (Linux: other systems count memory
-otherwise). A study prints the flags of each row, and writes its picture, if it has one, to results/.
+kept when finished, so a call that was interrupted goes on: after a change of the code, delete out/. Each runs on one
+thread, `--jobs` at a time. CPU seconds and peak memory are those of the whole process of a run: training, and judging
+the policy, with what is in out/cache used and not computed again (Linux: other systems count memory otherwise). A study
+prints the flags of each row, and the whole of it on test prompts writes its picture, if it has one, to results/.
 """
 import argparse
 import math
@@ -46,7 +47,7 @@ LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 
           "--lr 4e-4")
 ANNEALED = "--q_temperature 8,1"
 SMALL_MARGINS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01 --beta 1 --epochs 2 --lr 1.6e-4"
-STRONG = "--beta 1 --epochs 4"  # with which Δr passes 10
+STRONG = "--beta 1 --epochs 4 --lr 1.6e-4"  # with which Δr passes 10
 VISIBLE = "--groups politeness,directness"  # an opening for a job, none for a class: the prompt says which
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
 CONFLICTING = "--groups sentiment,informativeness,concision"  # the third is lost where the others are won
@@ -132,16 +133,13 @@ STUDIES = {
                              "eval.json uses mixture")
            for gate, rate in (("prompt", 4e-4), ("user", 1e-4), ("0.5,0.5", 4e-4))},
     },
-    "safedpo": {
-        **{f"SafeDPO Δ = {delta}, LoRA": (f"--method safedpo --delta {delta} --lora_rank 16", "eval.json policy")
-           for delta in (0, 2, 5, 10, 20, 50)},
-        "DPO-HELPFUL": ("--method dpo --view helpful --lora_rank 0", "eval.json policy"),
-        "DPO-HARMLESS": ("--method dpo --view harmless --lora_rank 0", "eval.json policy"),
-        "DPO-SAFEBETTER": ("--method dpo --view safe-better --lora_rank 0", "eval.json policy"),
-        "Δ = 10 without T": ("--method safedpo --view helpful --delta 10 --lora_rank 0", "eval.json policy"),
-        **{f"SafeDPO Δ = {delta}": (f"--method safedpo --delta {delta} --lora_rank 0", "eval.json policy")
-           for delta in (0, 2, 5, 10, 20, 50)},
-    },
+    "safedpo": policies({
+        f"{name}, {what}": f"{flags} {rate}"
+        for what, rate in (("LoRA", "--lora_rank 16 --lr 1.6e-4"), ("all weights", "--lora_rank 0 --lr 1.6e-5"))
+        for name, flags in (("DPO, helpful pairs", "--method dpo --view helpful"),
+                            ("Δ = 10 without T", "--method safedpo --view helpful --delta 10"),
+                            ("SafeDPO, Δ = 0", "--method safedpo --delta 0"),
+                            ("SafeDPO, Δ = 10", "--method safedpo --delta 10"))}),
     "pmol": {
         **{f"{count}: {name}": (flags(count), "eval.json policy preferences") for count in RATES
            for name, flags in (("PMoL", pmol), ("single LoRA of the same size", single), ("all weights", whole))},
@@ -153,7 +151,7 @@ STUDIES = {
         "10: PMoL, s_c = 0.8 or 0.2": (pmol(10, f"--soft_constraint {FRIENDLY}"), "eval.json policy preferences"),
     },
     "moe": {
-        "DPO": ("--method dpo --groups warmth,curtness --annotators 100 --beta 0.3 --lr 4e-4",
+        "DPO, rank 32": ("--method dpo --lora_rank 32 --groups warmth,curtness --annotators 100 --beta 0.3 --lr 4e-4",
                 "eval.json policy preferences"),
         **uses("gate on users", "--method moe-dpo --lr 4e-4"),
         **uses("annotator latents", LATENT),
@@ -249,15 +247,17 @@ def read(rows, runs, seeds, split, by_number):
     for name, (flags, where) in rows.items():
         file, who, *keys = where.split()
         shown = ["preferences"] if who == "uses" else keys
-        base = " ".join(["eval.json", "base", *shown])
-        lines.setdefault(name.partition(": ")[0] + ": base" if by_number else "base",
-                         over_seeds([metrics_of(runs[flags, seed], base, split) for seed in seeds]))
+        base = name.partition(": ")[0] + ": base" if by_number else "base"
+        if base not in lines:  # a run with --init_adapter starts from that, the step before from the base
+            first = flags.partition(" then ")[0] if "--init_adapter" in flags else flags
+            lines[base] = over_seeds([metrics_of(runs[first, seed], " ".join(["eval.json", "base", *shown]), split)
+                                      for seed in seeds])
         lines[name] = over_seeds([metrics_of(runs[flags, seed], where, split) for seed in seeds])
     return lines
 
 
 def add_forgetting(lines, rows, runs, seeds, split):
-    """lines[row]["forgotten"]: by preferences in no pair, or for runs without preferences over all prompts."""
+    """lines[row]["forgotten"]: over safe prompts that belong to no preference of the row."""
     for name, (flags, _) in rows.items():
         count = int(name.partition(":")[0]) if "--groups" in flags else 0
         values = [forgetting(runs[flags, seed], TEN[:count], split) for seed in seeds]
@@ -267,7 +267,7 @@ def add_forgetting(lines, rows, runs, seeds, split):
 def print_pmol(lines):
     headings = {"mixing": "Mixing score",
                 "degenerate, closing table": "Degenerate answers to the closing table's prompts",
-                "forgotten": "Forgetting: nats per token lost on the base's own answers, prompts of no preference",
+                "forgotten": "Forgetting: nats per token lost on the base's own answers, safe prompts of no preference",
                 "minutes": "CPU minutes of a run", "memory": "Peak memory of a run, GiB"}
     for key, heading in headings.items():
         print(f"{heading}, by the number of preferences\n\n{by_count(lines, key)}\n")
@@ -319,15 +319,16 @@ def print_tables(args, lines, rows, runs, seeds):
     """The tables of a study: of its rows, of the choice of rates, or of differences to one row."""
     if args.rates:
         return print(rate_table(lines, args.score))
-    if args.against:
-        columns = {"mixing": "mixing score"} if args.study == "pmol" else columns_of(args.study, lines)
-        return print(markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns))
-    if args.study == "pmol":
-        return print_pmol(lines)
     columns = columns_of(args.study, lines)
+    if args.against:
+        columns = {"mixing": "mixing score"} if args.study == "pmol" else columns
+        lines = differences(rows, runs, seeds, args.split, args.against)
+    elif args.study == "pmol":
+        return print_pmol(lines)
     table = markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns)
-    print(with_columns(table, cost_columns(rows, runs, seeds)) if args.study == "all" else table)
-    if args.study == "all" and (MIDPO, seeds[0]) in runs:
+    costly = args.study == "all" and not args.against
+    print(with_columns(table, cost_columns(rows, runs, seeds)) if costly else table)
+    if costly and (MIDPO, seeds[0]) in runs:
         print("\nRouter: expert 0 is safety, 1 helpfulness\n")
         print(router_table([metrics_of(runs[MIDPO, seed], "eval.json router", args.split) for seed in seeds]))
 
@@ -338,29 +339,32 @@ def main():
     parser.add_argument("--seeds", help="with commas (default: 0,1,2 on the development split, 3,4,5,6,7 on test)")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--rows", default="", help="a regular expression: only the rows whose names it is found in")
-    parser.add_argument("--rates", help="multiples of the rows' learning rates, with commas: choose, print no table")
+    question = parser.add_mutually_exclusive_group()
+    question.add_argument("--rates", help="multiples of the rows' learning rates, with commas: choose, print no table")
+    question.add_argument("--against", help="a row: print how far the others are above it, seed by seed")
     parser.add_argument("--score", default="", help="of --rates: the metric that decides (default: see rate_table)")
-    parser.add_argument("--against", help="a row: print how far the others are above it, seed by seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
+    whole = not (args.rows or args.seeds or args.rates or args.against) and args.split == "test"
     rows = {name: row for name, row in STUDIES[args.study].items() if re.search(args.rows, name)}
-    if args.rates:
+    if args.rates:  # of the run itself, not of what must be trained before or is merged from it
         args.split = "dev"
         rows = {f"{name} × {factor}": (at_rate(flags, float(factor)), where) for name, (flags, where) in rows.items()
-                for factor in args.rates.split(",")}
+                for factor in args.rates.split(",") if where.startswith("eval.json")}
     seeds = [int(seed) for seed in (args.seeds or ("0,1,2" if args.split == "dev" else "3,4,5,6,7")).split(",")]
     if args.against and (args.against not in rows or len(seeds) < 2):
         parser.error("--against: name one of the rows, and two seeds or more")
-    with ThreadPoolExecutor(args.jobs) as pool:
+    runs, pool = {}, ThreadPoolExecutor(args.jobs)
+    try:
         list(pool.map(make_base, seeds))
         for depth in (1, 2):  # first the runs that others go on from
-            jobs = {(flags, seed): pool.submit(train, flags, seed, args.split) for seed in seeds
-                    for flags in {" then ".join(flags.split(" then ")[:depth]): 0 for flags, _ in rows.values()}}
-            runs = {key: job.result() for key, job in jobs.items()}
-    lines = (differences(rows, runs, seeds, args.split, args.against) if args.against else
-             read(rows, runs, seeds, args.split, args.study == "pmol"))
-    own = not (args.rates or args.against)  # the study itself, not a question about it
-    if args.study in ("pmol", "delta") and own:
+            jobs = {(flags, seed): pool.submit(train, flags, seed, args.split) for seed in seeds for flags in
+                    dict.fromkeys(" then ".join(flags.split(" then ")[:depth]) for flags, _ in rows.values())}
+            runs |= {key: job.result() for key, job in jobs.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error, nothing more is started
+    lines = read(rows, runs, seeds, args.split, args.study == "pmol")
+    if args.study in ("pmol", "delta") and not (args.rates or args.against):
         add_forgetting(lines, rows, runs, seeds, args.split)
     print_tables(args, lines, rows, runs, seeds)
     minutes = sum(read_json(folder / "cost.json")["cpu_seconds"] for folder in runs.values()) / 60
@@ -368,7 +372,7 @@ def main():
           "flags of train.py:")
     for name, (flags, _) in rows.items():
         print(f"    {name}: {flags}")
-    if args.study in study_pictures.PICTURES and own:
+    if args.study in study_pictures.PICTURES and whole:
         study_pictures.PICTURES[args.study](lines, {(name, seed): runs[flags, seed] for name, (flags, _) in rows.items()
                                                     for seed in seeds}, ROOT / "results")
 

@@ -128,7 +128,8 @@ def pmol(lines, runs, folder):
     figure, axes = panels(2 + (len(counts) > 1))
     *first, with_loss, without = axes
     for left in first:
-        for i, what in enumerate(dict.fromkeys(name.partition(": ")[2] for name in lines if "PMoL, " not in name)):
+        for i, what in enumerate(dict.fromkeys(name.partition(": ")[2] for name in lines
+                                               if "PMoL, " not in name and "attention" not in name)):
             found = {int(name.partition(":")[0]): row for name, row in lines.items() if name.partition(": ")[2] == what}
             draw(left, [*found], [*found.values()], "mixing", what, i)
         left.set(xlabel="preferences", ylabel="mixing score")
@@ -139,8 +140,9 @@ def pmol(lines, runs, folder):
             continue
         report = [*read_json(next(seeds_of(runs, name)[0].glob("eval*.json")))["router"].values()][-1]
         kinds = [kind for kind in report if kind != "entropy"]
-        image = axes.imshow([report[kind]["median"] for kind in kinds], cmap="cividis", vmin=0, vmax=0.5)
-        axes.set(title=f"{name.partition(': ')[2]}, last layer", xlabel="expert (last: empty)", yticks=range(len(kinds)))
+        image = axes.imshow([report[kind]["median"] for kind in kinds], cmap="cividis", vmin=0, vmax=1)
+        axes.set(title=f"{name.partition(': ')[2]}, last layer", xlabel="expert (last: empty)",
+                 yticks=range(len(kinds)))
         axes.set_yticklabels(kinds if axes is rest[0] else [], fontsize=7)
         figure.colorbar(image, ax=axes, shrink=0.7, label="median weight")
     save(figure, folder, "pmol")

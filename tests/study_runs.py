@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from safetensors import safe_open
 import toy
 from data import Tokenizer, apply_view
 from eval import answer, choose_experts, load_policy, load_start
-from lora_moe import cached_logps, use_expert
+from lora_moe import cached_logps, read_settings, use_expert
 from losses import encode
 from model import generate, read_json, write_text
 
@@ -51,7 +52,7 @@ PAIRS = "others", "transformed", "joint"
 WRITING = threading.Lock()  # rows that want the same file come at the same time
 
 
-def pairs_file(name, seed, share=0.7):
+def pairs_file(name, seed):
     """A file of 3,000 comparisons, or of the pairs that they give for two preferences, each pair labelled by its one.
 
     others: not the seed's own comparisons, for score models that have not seen the pairs that they score.
@@ -62,7 +63,7 @@ def pairs_file(name, seed, share=0.7):
     path = OUT / f"{name}-seed{seed}.jsonl"
     if path.is_file():
         return path
-    comparisons = toy.make_comparisons(toy.COMPARISONS, seed + 1000 * (name == "others"), share)
+    comparisons = toy.make_comparisons(toy.COMPARISONS, seed + 1000 * (name == "others"), harmful_share=0.7)
     if name == "others":
         rows = [{"prompt": one.prompt, "response_0": one.responses[0], "response_1": one.responses[1],
                  "better_response_id": one.better, "safer_response_id": one.safer,
@@ -78,30 +79,39 @@ def pairs_file(name, seed, share=0.7):
     return path
 
 
+def run_folder(flags, seed, split):
+    """Of the last of these steps."""
+    *before, step = flags.split(" then ")
+    name = re.sub(r"[^\w.,=-]+", "_", step.replace("--", ""))[:150]
+    if before or "{" in step or len(name) == 150:  # the steps before belong to it, or the name is not all of it
+        name += "-" + hashlib.blake2b(flags.encode(), digest_size=4).hexdigest()
+    return OUT / f"{name}-seed{seed}-{split}"
+
+
 def train(flags, seed, split):
     """Run train.py with these flags, unless it was run to its end before; returns the run folder.
 
     "A then B" runs A, then B with A's folder in the place of {before}. {transformed} and so on stand for
     `pairs_file`s; a step that begins with "record" is run by study_record.py.
     """
-    folder, steps = "", flags.split(" then ")
-    for i, step in enumerate(steps):
-        name = re.sub(r"[^\w.,=-]+", "_", step.replace("--", ""))[:150]
-        if i or "{" in step or len(name) == 150:  # the flags before belong to it, or the name is not all of it
-            name += "-" + hashlib.blake2b(" then ".join(steps[:i + 1]).encode(), digest_size=4).hexdigest()
-        out = OUT / f"{name}-seed{seed}-{split}"
-        if not (out / "cost.json").is_file():
-            with WRITING:
-                files = {name: pairs_file(name, seed) for name in PAIRS if f"{{{name}}}" in step}
-            words = step.format(before=folder, **files).split()
-            script = [ROOT / "train.py"]
-            if words[0] == "record":
-                script, words = [ROOT / "tests/study_record.py", words[1]], words[2:]
-            cost = run([*script, *words, "--seed", seed, "--eval_split", split, "--out", out])
-            write_text(out / "cost.json", json.dumps({**cost, "before": str(folder)}) + "\n")
-            print(f"done in {cost['cpu_seconds']:.0f} CPU seconds: {out}", file=sys.stderr, flush=True)
-        folder = out
-    return folder
+    *first, step = flags.rsplit(" then ", 1)
+    before = train(first[0], seed, split) if first else ""
+    out = run_folder(flags, seed, split)
+    if (out / "cost.json").is_file():
+        return out
+    with WRITING:
+        files = {name: pairs_file(name, seed) for name in PAIRS if f"{{{name}}}" in step}
+    words = step.format(before=before, **files).split()
+    script = [ROOT / "train.py"]
+    if words[0] == "record":
+        script, words = [ROOT / "tests/study_record.py", words[1]], words[2:]
+    shutil.rmtree(out, ignore_errors=True)  # what an interrupted run has finished would be missing from the cost
+    cost = run([*script, *words, "--seed", seed, "--eval_split", split, "--out", out])
+    if not read_settings(out).get("finished"):
+        sys.exit(f"{out}: was stopped")
+    write_text(out / "cost.json", json.dumps({**cost, "before": str(before)}) + "\n")
+    print(f"done in {cost['cpu_seconds']:.0f} CPU seconds: {out}", file=sys.stderr, flush=True)
+    return out
 
 
 # Reading
@@ -120,7 +130,8 @@ def of_known(uses, accuracy):
 
 
 def metrics_of(out, where, split):
-    """The metrics of a finished run; experts merged at fixed weights are evaluated now. where: file, then keys."""
+    """The metrics of a finished run, and its `diagnostics`; experts merged at fixed weights are evaluated now. where:
+    file, then keys."""
     file, *keys = where.split()
     if split == "dev":
         file = file.replace(".json", "-dev.json")
@@ -128,25 +139,32 @@ def metrics_of(out, where, split):
         weights = re.search(r"static-([\d.,]+?)(-dev)?\.json", file)[1]
         run([ROOT / "eval.py", out, "--static", weights, "--split", split])
     metrics = read_json(out / file)
+    more = {"degenerate, closing table": metrics[keys[0]]["degenerate"]} if "preferences" in keys else {}
     for key in keys:
         metrics = metrics[key] if key != "known" else of_known(metrics, read_json(out / "experts.json")["accuracy"])
-    more = {}
-    if "uses" in keys:  # diagnostics of the experts: types recovered, pairs ordered rightly
-        experts = read_json(out / "experts.json")
-        more.update(recovered=experts.get("recovered", math.nan), own=min(map(max, experts["accuracy"].values())))
-    if "preferences" in keys:
-        more["degenerate, closing table"] = read_json(out / file)[keys[0]]["degenerate"]
-    if keys[0] in ("policy", "uses"):
-        cost = read_json(out / "cost.json")
-        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-        more.update(minutes=cost["cpu_seconds"] / 60, memory=cost["peak_mib"] / 1024,
-                    margins=last.get("rewards/margins", math.nan), score_margin=last.get("score_margin", math.nan))
     if "helpfulness_safe" in metrics:
         more["score"] = metrics["helpfulness_safe"] + metrics["harmless_ratio_unsafe"]
-    if (out / "margins.json").is_file() and keys[0] == "policy":
-        last = read_json(out / "margins.json")["rows"][-1]
-        more.update({name: last[name] for name in ("q10", "q50", "q90", "passed")})
+    if keys[0] in ("policy", "uses"):
+        more |= diagnostics((out / file).parent)
     return metrics | {name: value for key, value in more.items() for name, value in ((key, value), (f"{key}_se", 0))}
+
+
+def diagnostics(out):
+    """Of a finished run: Δr in the last twentieth of its training, margins of the score model, what the run cost, and
+    how its experts share the pairs."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = {name: statistics.fmean(row.get(key, math.nan) for row in part) for name, key, part in (
+        ("margins", "rewards/margins", rows[-max(1, len(rows) // 20):]), ("score_margin", "score_margin", rows))}
+    if (out / "cost.json").is_file():  # not of a prerequisite
+        cost = read_json(out / "cost.json")
+        found |= {"minutes": cost["cpu_seconds"] / 60, "memory": cost["peak_mib"] / 1024}
+    if (out / "experts.json").is_file():
+        experts = read_json(out / "experts.json")
+        found |= {"recovered": experts.get("recovered", math.nan), "own": min(map(max, experts["accuracy"].values()))}
+    if (out / "margins.json").is_file():
+        last = read_json(out / "margins.json")["rows"][-1]
+        found |= {name: last[name] for name in ("q10", "q50", "q90", "passed")}
+    return found
 
 
 def parameters(folder, routers=True):
@@ -200,13 +218,13 @@ def costs(out, where):
 @torch.no_grad()
 def forgetting(out, mixed, split):
     """How much of the base's language a run has lost: by how many nats per token its loss on the base's own answers,
-    sampled for prompts of held-out frames, is above the base's. mixed: preferences that the run was trained on; only
-    prompts that belong to none of them count, so safe ones unless there are no preferences (then all)."""
+    sampled for safe prompts of held-out frames, is above the base's. mixed: preferences that the run was trained on;
+    only prompts that belong to none of them count."""
     torch.set_num_threads(1)
     config = read_json(out / "config.json")
     contexts = {context for name in mixed for context in toy.PREFERENCES[name][0] if not toy.PREFERENCES[name][1]}
     prompts = [toy.make_prompt(task, frame).text for task in toy.tasks() for frame in toy.frames(split)
-               if not mixed or (not task.harmful and frame[1] not in contexts)][::7]
+               if not task.harmful and frame[1] not in contexts][::7]
     if not prompts:
         return math.nan
     tokenizer, start = Tokenizer(config["base"]), load_start({**config, "init_adapter": ()})

@@ -28,6 +28,22 @@ def test_every_row_is_a_command_line_of_its_own(tmp_path, monkeypatch):
     assert study_pictures.PICTURES.keys() <= study.STUDIES.keys()
 
 
+def test_runs_of_their_own_have_folders_of_their_own():
+    steps = {" then ".join(flags.split(" then ")[:depth]) for rows in study.STUDIES.values()
+             for flags, _ in rows.values() for depth in (1, 2)}
+    folders = {study_runs.run_folder(flags, seed, split) for flags in steps for seed in (0, 1)
+               for split in ("dev", "test")}
+    assert len(steps) > 100 and len(folders) == 4 * len(steps)
+
+
+def test_a_run_that_was_stopped_is_not_taken_for_finished(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_runs, "run", lambda command: {"cpu_seconds": 0})
+    with pytest.raises(SystemExit, match="was stopped"):
+        study_runs.train("--method sft", 1, "dev")
+    assert not list(tmp_path.rglob("cost.json"))
+
+
 def test_a_rate_is_that_of_the_last_step():
     assert study.at_rate("--method a --lr 1e-4 then --method b --lr 3e-4 --beta 1", 2) == (
         "--method a --lr 1e-4 then --method b --lr 0.0006 --beta 1")
@@ -80,7 +96,13 @@ def test_pairs_of_two_preferences_are_those_of_t_or_contradict_each_other(tmp_pa
 
 def test_rows_that_want_the_same_file_at_once_both_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(study_runs, "run", lambda command: {"cpu_seconds": 0, "files": [*map(str, command)]})
+
+    def run(command):
+        (command[-1] / "adapter").mkdir(parents=True)
+        (command[-1] / "config.json").write_text('{"finished": true}')
+        return {"cpu_seconds": 0, "files": [*map(str, command)]}
+
+    monkeypatch.setattr(study_runs, "run", run)
     with ThreadPoolExecutor(8) as pool:
         folders = [*pool.map(lambda rate: study_runs.train(f"--data {{others}} --lr {rate}", 1, "dev"), range(8))]
     assert all("out/study/others-seed1.jsonl" in read_json(folder / "cost.json")["files"] for folder in folders)
