@@ -57,15 +57,15 @@ def mixed(count):
     return f"--groups {','.join(TEN[:count])}"
 
 
-def pmol(count, flags=""):
-    return f"--method pmol --experts {count} --lr {RATES[count][0]} {mixed(count)} {flags}".strip()
+def pmol(count, flags="", rate=0):
+    return f"--method pmol --experts {count} --lr {rate or RATES[count][0]} {mixed(count)} {flags}".strip()
 
 
-def single(count, inputs=384, outputs=128, flags=""):
+def single(count, flags="", rate=0, inputs=384, outputs=128):
     """One LoRA with as many trainable parameters as PMoL with so many experts of rank 16, routers included. inputs,
     outputs: of the layers with experts, together; those of down_proj if nothing is said."""
     rank = round(16 * count + (count + 1) * inputs / (inputs + outputs))
-    return f"--method dpo --lora_rank {rank} --lr {RATES[count][1]} {mixed(count)} {flags}".strip()
+    return f"--method dpo --lora_rank {rank} --lr {rate or RATES[count][1]} {mixed(count)} {flags}".strip()
 
 
 def whole(count):
@@ -146,15 +146,14 @@ STUDIES = {
         **{f"{count}: PMoL, {name}": (pmol(count, flag), "eval.json policy preferences") for count in (3, 10)
            for name, flag in (("no soft loss", "--egs_weight 0"), ("no empty expert", "--no_empty_expert"),
                               ("s_c = 0", "--soft_constraint 0"), ("s_c = 1", "--soft_constraint 1"))},
-        "10: PMoL, attention too": (pmol(10, ATTENTION), "eval.json policy preferences"),
-        "10: single LoRA, attention too": (single(10, 640, 384, ATTENTION), "eval.json policy preferences"),
+        "10: PMoL, attention too": (pmol(10, ATTENTION, 1.5e-4), "eval.json policy preferences"),
+        "10: single LoRA, attention too": (single(10, ATTENTION, 3.75e-5, 640, 384), "eval.json policy preferences"),
         "10: PMoL, s_c = 0.8 or 0.2": (pmol(10, f"--soft_constraint {FRIENDLY}"), "eval.json policy preferences"),
     },
     "moe": {
         "DPO, rank 32": ("--method dpo --lora_rank 32 --groups warmth,curtness --annotators 100 --beta 0.3 --lr 4e-4",
                 "eval.json policy preferences"),
         **uses("gate on users", "--method moe-dpo --lr 4e-4"),
-        **uses("annotator latents", LATENT),
         "objective Σ w L: mixture": ("--method moe-dpo --objective weights --lr 4e-4", "eval.json uses mixture"),
         "no gate, comparison latents: mixture": ("--method mix-dpo --lr 4e-4", "eval.json uses mixture"),
         "no gate, comparison latents, q annealed: mixture": (f"--method mix-dpo {ANNEALED} --lr 4e-4",

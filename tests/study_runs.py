@@ -82,7 +82,7 @@ def pairs_file(name, seed):
 def run_folder(flags, seed, split):
     """Of the last of these steps."""
     *before, step = flags.split(" then ")
-    name = re.sub(r"[^\w.,=-]+", "_", step.replace("--", ""))[:150]
+    name = re.sub(r"[^\w.,=-]+", "_", step.replace("--", ""))[:150].replace(",", "+")  # --init_adapter splits at ","
     if before or "{" in step or len(name) == 150:  # the steps before belong to it, or the name is not all of it
         name += "-" + hashlib.blake2b(flags.encode(), digest_size=4).hexdigest()
     return OUT / f"{name}-seed{seed}-{split}"

@@ -34,6 +34,7 @@ def test_runs_of_their_own_have_folders_of_their_own():
     folders = {study_runs.run_folder(flags, seed, split) for flags in steps for seed in (0, 1)
                for split in ("dev", "test")}
     assert len(steps) > 100 and len(folders) == 4 * len(steps)
+    assert not any("," in str(folder) for folder in folders), "a comma ends a folder's name in --init_adapter"
 
 
 def test_a_run_that_was_stopped_is_not_taken_for_finished(tmp_path, monkeypatch):
