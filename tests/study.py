@@ -43,14 +43,14 @@ RATES = {2: (8e-5, 8e-5, 8e-6), 3: (8e-5, 8e-5, 8e-6), 4: (1.6e-4, 8e-5, 1.6e-5)
          10: (3e-4, 1.5e-4, 3e-5)}
 FRIENDLY = "0.8,0.8,0.2,0.2,0.2,0.2,0.2,0.2,0.2,0.8"  # s_c of TEN: lower for those that only differ in courtesies
 ATTENTION = "--lora_targets q_proj,v_proj,down_proj"
-LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --epochs 3 "
-          "--lr 4e-4")
 ANNEALED = "--q_temperature 8,1"
 SMALL_MARGINS = "--lora_rank 16 --harmful_share 0.7 --weight_decay 0.01 --beta 1 --epochs 2 --lr 1.6e-4"
 STRONG = "--beta 1 --epochs 4 --lr 1.6e-4"  # with which Δr passes 10
 VISIBLE = "--groups politeness,directness"  # an opening for a job, none for a class: the prompt says which
 REWARDS = "--groups sentiment,informativeness,grammar --annotators 0"
 CONFLICTING = "--groups sentiment,informativeness,concision"  # the third is lost where the others are won
+LATENT = ("--method mix-dpo --latent annotator --annotators 150 --batch_size 20 --expert_noise 0.1 --epochs 3 "
+          f"--lr 8e-4 --experts 3 {CONFLICTING}")
 
 
 def mixed(count):
@@ -161,11 +161,11 @@ STUDIES = {
         "gate on users, one comparison each: mixture": ("--method moe-dpo --annotators 3000 --lr 4e-4",
                                                         "eval.json uses mixture"),
     },
-    "moe-conflicting": {
-        "DPO, rank 48": (f"--method dpo --lora_rank 48 --beta 0.3 {CONFLICTING} --annotators 150 --lr 2e-4",
+    "moe-conflicting": {  # learning rates: the best (--rates) of 2e-4, 4e-4, 8e-4 and 1.6e-3
+        "DPO, rank 48": (f"--method dpo --lora_rank 48 --beta 0.3 {CONFLICTING} --annotators 150 --lr 8e-4",
                          "eval.json policy preferences"),
-        **uses("annotator latents", f"{LATENT} --experts 3 {CONFLICTING}"),
-        **uses("annotator latents, q annealed", f"{LATENT} --experts 3 {CONFLICTING} {ANNEALED}"),
+        **uses("annotator latents", LATENT),
+        **uses("annotator latents, q annealed", f"{LATENT} {ANNEALED}"),
     },
     "moe3": {
         "DPO": (f"--method dpo --beta 0.3 --lr 2e-4 --lora_targets lm_head --lora_rank 32 {REWARDS}",
