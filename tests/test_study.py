@@ -74,6 +74,16 @@ def test_differences_are_taken_seed_by_seed(monkeypatch):
     assert lines["B"]["score_se"] == pytest.approx(0.1)
 
 
+def test_the_base_is_not_the_adapter_that_a_second_step_starts_from(monkeypatch):
+    monkeypatch.setattr(study, "metrics_of", lambda run, where, split: {"score": (run, where), "score_se": 0})
+    for second, expected in (("--method dpo --init_adapter {before}/adapter", "first"), ("--method spe-dpo", "second")):
+        flags = f"--method dpo then {second}"
+        lines = study.read({"A": (flags, "eval.json policy")}, {("--method dpo", 0): "first", (flags, 0): "second"},
+                           [0], "test", False)
+        assert lines["base"]["score"] == (expected, "eval.json base")
+        assert lines["A"]["score"] == ("second", "eval.json policy")
+
+
 def test_where_the_preference_is_known_its_expert_is_chosen_by_held_out_pairs():
     def line(a, b, degenerate):
         return {"a": a, "a_se": 0.3, "b": b, "b_se": 0.4, "mixing": 9, "mixing_se": 9, "degenerate": degenerate,
