@@ -72,6 +72,13 @@ def whole(count):
     return f"--method dpo --lora_rank 0 --lr {RATES[count][2]} {mixed(count)}"
 
 
+def midpo_with(layers, rate):
+    """MidPO with experts on these layers at this learning rate, by the score models of the row "MidPO"."""
+    experts = (f"--method spe-dpo --view {view} --{score}_model {{0}}/{score}/model {SHARE} --lora_targets {layers} "
+               f"--lr {rate}" for view, score in (("safety", "cost"), ("helpful", "reward")))
+    return " then ".join([MIDPO, *experts, f"{MIDPO} --init_adapter {{1}}/adapter,{{2}}/adapter"])
+
+
 def uses(name, flags):
     """Rows for the ways of using a mixture; known: where it is known which preference counts, its own expert's."""
     return {f"{name}: {use}": (flags, f"eval.json uses {use}") for use in ("mixture", "sparse", "known")}
@@ -111,11 +118,10 @@ STUDIES = {
     "l1": policies({f"{share}: L1 {weight}": f"{MIDPO} then {MIDPO} --harmful_share {share} --router_l1 {weight} "
                                              "--init_adapter {before}/safety/adapter,{before}/helpful/adapter"
                     for share in (0.45, 0.7) for weight in (0, 0.001, 0.01, 0.1, 1)}),
-    "targets": policies({
-        "down_proj": MIDPO,
-        **{name: f"{MIDPO} --lora_targets {layers} then {MIDPO} --init_adapter "
-                 "{before}/safety/adapter,{before}/helpful/adapter"  # so --rates is about the routers alone
-           for name, layers in (("attention", "q_proj,k_proj,v_proj,o_proj"), ("all linear layers", "all-linear"))}}),
+    "targets": policies({"down_proj": MIDPO, **{
+        row: flags for name, layers in (("attention", "q_proj,k_proj,v_proj,o_proj"), ("all linear", "all-linear"))
+        for row, flags in ((f"{name}, 1.6e-4", f"{MIDPO} --lora_targets {layers}"),
+                           *((f"{name}, {rate}", midpo_with(layers, rate)) for rate in ("8e-5", "4e-5")))}}),
     # The score models are regularised, so that margins are about 1.4 and 3.4: Δr passes them or comes near
     "spe": {name: (f"{first}--method {method} --view {view} {SMALL_MARGINS}{flag}", "eval.json policy")
             for view, score in (("helpful", "reward"), ("safety", "cost"))
@@ -356,7 +362,7 @@ def main():
     runs, pool = {}, ThreadPoolExecutor(args.jobs)
     try:
         list(pool.map(make_base, seeds))
-        for depth in (1, 2):  # first the runs that others go on from
+        for depth in (1, 2, 3, 4):  # first the runs that others go on from
             jobs = {(flags, seed): pool.submit(train, flags, seed, args.split) for seed in seeds for flags in
                     dict.fromkeys(" then ".join(flags.split(" then ")[:depth]) for flags, _ in rows.values())}
             runs |= {key: job.result() for key, job in jobs.items()}

@@ -91,17 +91,17 @@ def run_folder(flags, seed, split):
 def train(flags, seed, split):
     """Run train.py with these flags, unless it was run to its end before; returns the run folder.
 
-    "A then B" runs A, then B with A's folder in the place of {before}. {transformed} and so on stand for
-    `pairs_file`s; a step that begins with "record" is run by study_record.py.
+    "A then B" runs A, then B with A's folder in the place of {before}; {0} is the folder of the first of several steps.
+    {transformed} and so on stand for `pairs_file`s; a step that begins with "record" is run by study_record.py.
     """
-    *first, step = flags.rsplit(" then ", 1)
-    before = train(first[0], seed, split) if first else ""
-    out = run_folder(flags, seed, split)
+    *first, step = flags.split(" then ")
+    folders = [train(" then ".join(first[:i + 1]), seed, split) for i in range(len(first))]
+    before, out = folders[-1] if folders else "", run_folder(flags, seed, split)
     if (out / "cost.json").is_file():
         return out
     with WRITING:
         files = {name: pairs_file(name, seed) for name in PAIRS if f"{{{name}}}" in step}
-    words = step.format(before=before, **files).split()
+    words = step.format(*folders, before=before, **files).split()
     script = [ROOT / "train.py"]
     if words[0] == "record":
         script, words = [ROOT / "tests/study_record.py", words[1]], words[2:]

@@ -13,13 +13,20 @@ import train
 from model import read_json
 
 
+def finish_at_once(command):
+    """In the place of study_runs.run."""
+    (command[-1] / "adapter").mkdir(parents=True)
+    (command[-1] / "config.json").write_text('{"finished": true}')
+    return {"cpu_seconds": 0, "words": [*map(str, command[1:-6])]}
+
+
 def test_every_row_is_a_command_line_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     files = {name: study_runs.pairs_file(name, 0) for name in study_runs.PAIRS}
     for rows in study.STUDIES.values():
         for flags, where in rows.values():
             for step in flags.split(" then "):
-                words = step.format(before="DIR", **files).removeprefix("record ").split()
+                words = step.format("DIR", "DIR", "DIR", before="DIR", **files).removeprefix("record ").split()
                 words = words[words.index("--method"):]
                 for place in [i for i, word in enumerate(words) if "DIR" in word][::-1]:
                     del words[place - 1:place + 1]  # a folder of the step before, which is not there yet
@@ -30,11 +37,22 @@ def test_every_row_is_a_command_line_of_its_own(tmp_path, monkeypatch):
 
 def test_runs_of_their_own_have_folders_of_their_own():
     steps = {" then ".join(flags.split(" then ")[:depth]) for rows in study.STUDIES.values()
-             for flags, _ in rows.values() for depth in (1, 2)}
+             for flags, _ in rows.values() for depth in (1, 2, 3, 4)}
     folders = {study_runs.run_folder(flags, seed, split) for flags in steps for seed in (0, 1)
                for split in ("dev", "test")}
     assert len(steps) > 100 and len(folders) == 4 * len(steps)
     assert not any("," in str(folder) for folder in folders), "a comma ends a folder's name in --init_adapter"
+
+
+def test_a_step_has_the_folders_of_the_steps_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_runs, "run", finish_at_once)
+    flags = ["--method a", "--of {0}/x", "--method c", "--of {0}/x,{1}/y,{2} --last {before}"]
+    folders = [study_runs.train(" then ".join(flags[:i + 1]), 1, "dev") for i in range(4)]
+    assert read_json(folders[1] / "cost.json")["words"] == ["--of", f"{folders[0]}/x"]
+    assert read_json(folders[3] / "cost.json")["words"] == [
+        "--of", f"{folders[0]}/x,{folders[1]}/y,{folders[2]}", "--last", str(folders[2])]
+    assert read_json(folders[3] / "cost.json")["before"] == str(folders[2]) and len(set(folders)) == 4
 
 
 def test_a_run_that_was_stopped_is_not_taken_for_finished(tmp_path, monkeypatch):
@@ -107,16 +125,10 @@ def test_pairs_of_two_preferences_are_those_of_t_or_contradict_each_other(tmp_pa
 
 def test_rows_that_want_the_same_file_at_once_both_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def run(command):
-        (command[-1] / "adapter").mkdir(parents=True)
-        (command[-1] / "config.json").write_text('{"finished": true}')
-        return {"cpu_seconds": 0, "files": [*map(str, command)]}
-
-    monkeypatch.setattr(study_runs, "run", run)
+    monkeypatch.setattr(study_runs, "run", finish_at_once)
     with ThreadPoolExecutor(8) as pool:
         folders = [*pool.map(lambda rate: study_runs.train(f"--data {{others}} --lr {rate}", 1, "dev"), range(8))]
-    assert all("out/study/others-seed1.jsonl" in read_json(folder / "cost.json")["files"] for folder in folders)
+    assert all("out/study/others-seed1.jsonl" in read_json(folder / "cost.json")["words"] for folder in folders)
     assert [path.name for path in (tmp_path / "out/study").glob("others*")] == ["others-seed1.jsonl"]
 
 
