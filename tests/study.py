@@ -73,8 +73,8 @@ def whole(count):
 
 
 def midpo_with(layers, rate):
-    """MidPO with experts on these layers at this learning rate, by the score models of the row "MidPO"."""
-    experts = (f"--method spe-dpo --view {view} --{score}_model {{0}}/{score}/model {SHARE} --lora_targets {layers} "
+    """MidPO with experts on these layers (a flag, or none) at this learning rate, by the score models of `MIDPO`."""
+    experts = (f"--method spe-dpo --view {view} --{score}_model {{0}}/{score}/model {SHARE}{layers} "
                f"--lr {rate}" for view, score in (("safety", "cost"), ("helpful", "reward")))
     return " then ".join([MIDPO, *experts, f"{MIDPO} --init_adapter {{1}}/adapter,{{2}}/adapter"])
 
@@ -118,10 +118,11 @@ STUDIES = {
     "l1": policies({f"{share}: L1 {weight}": f"{MIDPO} then {MIDPO} --harmful_share {share} --router_l1 {weight} "
                                              "--init_adapter {before}/safety/adapter,{before}/helpful/adapter"
                     for share in (0.45, 0.7) for weight in (0, 0.001, 0.01, 0.1, 1)}),
-    "targets": policies({"down_proj": MIDPO, **{
-        row: flags for name, layers in (("attention", "q_proj,k_proj,v_proj,o_proj"), ("all linear", "all-linear"))
-        for row, flags in ((f"{name}, 1.6e-4", f"{MIDPO} --lora_targets {layers}"),
-                           *((f"{name}, {rate}", midpo_with(layers, rate)) for rate in ("8e-5", "4e-5")))}}),
+    "targets": policies({  # at three rates of the experts
+        row: flags for name, layers in (("down_proj", ""), ("attention", " --lora_targets q_proj,k_proj,v_proj,o_proj"),
+                                        ("all linear", " --lora_targets all-linear"))
+        for row, flags in ((f"{name}, 1.6e-4", MIDPO + layers),
+                           *((f"{name}, {rate}", midpo_with(layers, rate)) for rate in ("8e-5", "4e-5")))}),
     # The score models are regularised, so that margins are about 1.4 and 3.4: Δr passes them or comes near
     "spe": {name: (f"{first}--method {method} --view {view} {SMALL_MARGINS}{flag}", "eval.json policy")
             for view, score in (("helpful", "reward"), ("safety", "cost"))
