@@ -340,7 +340,7 @@ MIXTURE = dict(forward=mixture_logps, build=build_mixture, check=check_mixture, 
 # The poster gives no rates. Ours: experts part, and a learned gate leaves 1/K, within a few hundred steps of 8 pairs
 LORA_MIXTURE = {"lora_rank": 16, "lr": 1e-4, "router_lr": 100.0, "experts": lambda v: len(v["init_adapter"]) or 2,
                 "lora_targets": lambda v: "lm_head" if v["share"] == "trunk" else "down_proj"}
-TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 4e-4, "router_lr": 100.0}
+TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 2e-4, "router_lr": 100.0}
 METHODS["mix-dpo"] = Method("helpful", moe_dpo, **MIXTURE, preset=LORA_MIXTURE, toy=TWO_TASTES)
 METHODS["moe-dpo"] = Method("helpful", moe_dpo, **MIXTURE, preset={**LORA_MIXTURE, "gate": "prompt"},
                             toy={**TWO_TASTES, "gate": "user"})

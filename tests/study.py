@@ -157,15 +157,13 @@ STUDIES = {
         "10: single LoRA, attention too": (single(10, ATTENTION, 3.75e-5, 640, 384), "eval.json policy preferences"),
         "10: PMoL, s_c = 0.8 or 0.2": (pmol(10, f"--soft_constraint {FRIENDLY}"), "eval.json policy preferences"),
     },
-    "moe": {
+    "moe": {  # learning rates: DPO's and the gate on users' are the best (--rates) of 1e-4, 2e-4, 4e-4 and 8e-4
         "DPO, rank 32": ("--method dpo --lora_rank 32 --groups warmth,curtness --annotators 100 --beta 0.3 --lr 4e-4",
-                "eval.json policy preferences"),
-        **uses("gate on users", "--method moe-dpo --lr 4e-4"),
-        "objective Σ w L: mixture": ("--method moe-dpo --objective weights --lr 4e-4", "eval.json uses mixture"),
-        "no gate, comparison latents: mixture": ("--method mix-dpo --lr 4e-4", "eval.json uses mixture"),
-        "no gate, comparison latents, q annealed: mixture": (f"--method mix-dpo {ANNEALED} --lr 4e-4",
-                                                             "eval.json uses mixture"),
-        "gate on users, one comparison each: mixture": ("--method moe-dpo --annotators 3000 --lr 4e-4",
+                         "eval.json policy preferences"),
+        **uses("gate on users", "--method moe-dpo --lr 2e-4"),
+        "objective Σ w L: mixture": ("--method moe-dpo --objective weights --lr 2e-4", "eval.json uses mixture"),
+        "no gate, comparison latents: mixture": ("--method mix-dpo --lr 2e-4", "eval.json uses mixture"),
+        "gate on users, one comparison each: mixture": ("--method moe-dpo --annotators 3000 --lr 2e-4",
                                                         "eval.json uses mixture"),
     },
     "moe-conflicting": {  # learning rates: the best (--rates) of 2e-4, 4e-4, 8e-4 and 1.6e-3
