@@ -141,12 +141,12 @@ STUDIES = {
            for gate, rate in (("prompt", 4e-4), ("user", 1e-4), ("0.5,0.5", 4e-4))},
     },
     "safedpo": policies({
-        f"{name}, {what}": f"{flags} {rate}"
-        for what, rate in (("LoRA", "--lora_rank 16 --lr 1.6e-4"), ("all weights", "--lora_rank 0 --lr 1.6e-5"))
-        for name, flags in (("DPO, helpful pairs", "--method dpo --view helpful"),
-                            ("Δ = 10 without T", "--method safedpo --view helpful --delta 10"),
-                            ("SafeDPO, Δ = 0", "--method safedpo --delta 0"),
-                            ("SafeDPO, Δ = 10", "--method safedpo --delta 10"))}),
+        f"{name}, {what}": f"{flags} {weights}"
+        for name, flags, rate in (("DPO, helpful pairs", "--method dpo --view helpful", "8e-5"),
+                                  ("Δ = 10 without T", "--method safedpo --view helpful --delta 10", "8e-5"),
+                                  ("SafeDPO, Δ = 0", "--method safedpo --delta 0", "1.6e-4"),
+                                  ("SafeDPO, Δ = 10", "--method safedpo --delta 10", "1.6e-4"))
+        for what, weights in (("LoRA", f"--lora_rank 16 --lr {rate}"), ("all weights", "--lora_rank 0 --lr 1.6e-5"))}),
     "pmol": {
         **{f"{count}: {name}": (flags(count), "eval.json policy preferences") for count in RATES
            for name, flags in (("PMoL", pmol), ("single LoRA of the same size", single), ("all weights", whole))},
