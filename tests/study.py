@@ -329,6 +329,8 @@ def print_tables(args, lines, rows, runs, seeds):
         lines = differences(rows, runs, seeds, args.split, args.against)
     elif args.study == "pmol":
         return print_pmol(lines)
+    elif args.split == "dev" and any("score" in line for line in lines.values()):
+        columns |= {"score": "score"}  # what settings are chosen by
     table = markdown_table({name: filled(line, columns) for name, line in lines.items()}, columns)
     costly = args.study == "all" and not args.against
     print(with_columns(table, cost_columns(rows, runs, seeds)) if costly else table)
@@ -349,7 +351,7 @@ def main():
     parser.add_argument("--score", default="", help="of --rates: the metric that decides (default: see rate_table)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     args = parser.parse_args()
-    whole = not (args.rows or args.seeds or args.rates or args.against) and args.split == "test"
+    everything = not (args.rows or args.seeds or args.rates or args.against) and args.split == "test"
     rows = {name: row for name, row in STUDIES[args.study].items() if re.search(args.rows, name)}
     if args.rates:  # of the run itself, not of what must be trained before or is merged from it
         args.split = "dev"
@@ -376,7 +378,7 @@ def main():
           "flags of train.py:")
     for name, (flags, _) in rows.items():
         print(f"    {name}: {flags}")
-    if args.study in study_pictures.PICTURES and whole:
+    if args.study in study_pictures.PICTURES and everything:
         study_pictures.PICTURES[args.study](lines, {(name, seed): runs[flags, seed] for name, (flags, _) in rows.items()
                                                     for seed in seeds}, ROOT / "results")
 

@@ -1,4 +1,6 @@
 """Every row of the studies is a command line that train.py takes, and its own place in out/study/."""
+import argparse
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -90,6 +92,56 @@ def test_differences_are_taken_seed_by_seed(monkeypatch):
     lines = study.differences({"A": ("a", "x"), "B": ("b", "x")}, runs, range(3), "test", "A")
     assert lines.keys() == {"B"} and lines["B"]["score"] == pytest.approx(0.2)
     assert lines["B"]["score_se"] == pytest.approx(0.1)
+
+
+def test_only_everything_on_test_prompts_writes_the_picture(tmp_path, monkeypatch):
+    pictures, names = [], []
+    for name, value in {"make_base": id, "train": lambda *_: tmp_path, "read": lambda *_: {}, "print_tables":
+                        lambda args, lines, rows, *_: names.append([*rows])}.items():
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setitem(study_pictures.PICTURES, "all", lambda *_: pictures.append(len(names)))
+    (tmp_path / "cost.json").write_text('{"cpu_seconds": 0}')
+    for flags in ([], ["--rows", "MidPO"], ["--seeds", "3,4"], ["--split", "dev"], ["--rates", "1"],
+                  ["--against", "MidPO"]):
+        monkeypatch.setattr("sys.argv", ["study.py", "all", *flags])
+        study.main()
+    assert pictures == [1] and names[0] == [*study.STUDIES["all"]]
+    assert "MidPO × 1" in names[4] and "SPE-DPO, safety expert × 1" not in names[4], "its rate is not the row's"
+
+
+def test_a_development_table_has_the_score_that_decides(capsys):
+    line = {f"{key}{error}": 0.5 for key in (*toy.COLUMNS, "score") for error in ("", "_se")}
+    for split, columns in (("dev", 8), ("test", 7)):
+        study.print_tables(argparse.Namespace(study="targets", split=split, rates=None, against=None),
+                           {"base": line}, {}, {}, [])
+        assert capsys.readouterr().out.split("\n")[0].count("|") == columns + 1
+
+
+def test_margins_are_those_of_all_pairs_and_of_the_end(tmp_path):
+    rows = [{"score_margin": i, "rewards/margins": i} for i in range(40)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert study_runs.diagnostics(tmp_path) == {"score_margin": 19.5, "margins": 38.5}
+
+
+def test_forgetting_asks_safe_prompts_of_no_preference(tmp_path, monkeypatch):
+    asked = []
+
+    def answer(start, tokenizer, prompts, **_):
+        asked.append(set(prompts))
+        raise StopIteration
+
+    (tmp_path / "config.json").write_text('{"base": "", "seed": 0}')
+    for name, value in {"Tokenizer": id, "load_start": id, "answer": answer}.items():
+        monkeypatch.setattr(study_runs, name, value)
+    for mixed in ((), ("politeness",)):
+        with pytest.raises(StopIteration):
+            study_runs.forgetting(tmp_path, mixed, "dev")
+    harmful = {toy.make_prompt(task, frame).text for task in toy.tasks() if task.harmful for frame in toy.frames("dev")}
+    contexts = toy.PREFERENCES["politeness"][0]
+    polite = {toy.make_prompt(task, frame).text for task in toy.tasks() for frame in toy.frames("dev")
+              if frame[1] in contexts}
+    assert asked[0] and asked[1] and not asked[0] & harmful and not asked[1] & (harmful | polite)
+    assert asked[0] & polite
 
 
 def test_the_base_is_not_the_adapter_that_a_second_step_starts_from(monkeypatch):
