@@ -27,10 +27,10 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from jinja2 import TemplateError
 from tqdm import tqdm
 
-from losses import (BUDGET, Batch, Encoded, Sandbox, content_hash, encode_pairs, files_hash, pack,  # noqa: F401
-                    score)  # packing, for those who look here for it
-from model import (DTYPES, FAMILIES, KINDS, ScoreModel, Transformer, UserError, check_keys, find_folder, first_line,
-                   generate, read_config, read_json, write_text)
+from common import (DTYPES, KINDS, UserError, check_keys, content_hash, files_hash, first_line, read_json, whole_lines,
+                    write_text)
+from losses import BUDGET, Sandbox, score
+from model import FAMILIES, ScoreModel, Transformer, find_folder, generate, read_config
 
 
 @dataclass(slots=True)
@@ -753,16 +753,6 @@ def add_margins(train, held_out, name, folder, template=None, dtype="float32", d
 # Preference data, scored or made
 
 BLOCK = 256  # rows that are scored and written at a time
-
-
-def whole_lines(path):
-    """The number of whole lines of a file, which is made if need be; a line that a kill cut short is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    with open(path, "r+b") as file:
-        whole = [len(line) for line in file if line.endswith(b"\n")]
-        file.truncate(sum(whole))
-    return len(whole)
 
 
 def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dtype="float32", device="cpu",

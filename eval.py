@@ -11,19 +11,15 @@
 """
 import argparse
 import csv
-import difflib
 import itertools
 import json
 import math
 import os
 import re
-import signal
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
 
@@ -31,19 +27,21 @@ import numpy as np
 import torch
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import toy
-from data import (TEMPLATE_NAMES, TEMPLATES, Tokenizer, check_source, get_prompt, load_score_model,
-                  load_scorer, load_sources, make_pairs, parse_line, read_lines, score_file, source_files, whole_lines)
+from common import (DTYPES, Parser, UserError, as_command, check_device, check_values, content_hash, files_hash,
+                    first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
+from data import (TEMPLATES, TEMPLATE_NAMES, Tokenizer, check_source, get_prompt, load_score_model, load_scorer,
+                  load_sources, make_pairs, parse_line, read_lines, score_file, source_files)
 from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
-                      is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights,
-                      set_routers, use_expert, weights_hash)
-from losses import (Encoded, Processes, annotator_type, batches, content_hash, encode, expert_margins, files_hash,
-                    gate_report, load_pyplot, longest, markdown_table, measured, mixture_diagnostics, plot,
-                    router_table, score, terminal_table, whole_rows, win_rate)
-from model import DTYPES, Transformer, UserError, find_folder, first_line, read_config, read_json, stream, write_text
+                      is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights, set_routers,
+                      use_expert, weights_hash)
+from losses import (Encoded, Processes, annotator_type, batches, encode, expert_margins, gate_report, load_pyplot,
+                    longest, markdown_table, measured, mixture_diagnostics, plot, router_table, score, terminal_table,
+                    win_rate)
+from model import Transformer, find_folder, read_config, stream
+
 
 # Prompts and answers
 
@@ -624,52 +622,6 @@ def evaluate_answers(runs, args):
         raise trouble
 
 
-# Command lines, of this program and of train.py: a flag is declared once, as a field of a dataclass
-
-
-def setting(default, help, heading="", choices=(), read=None, free=False, least=None, above=None, below=None,
-            most=None):
-    """A field that is a flag. heading: starts a group of --help; read: flag's text -> value; free: may change when a
-    run is resumed; the rest are bounds, of each number where there are several."""
-    return field(default=default, metadata=dict(help=help, heading=heading, choices=choices, read=read, free=free,
-                                                bounds=(least, above, below, most)))
-
-
-def numbers(text):
-    """"0.5,1" -> (0.5, 1.0)."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas, not {text!r}") from None
-
-
-def source_names(text):
-    """"a,b" -> ("a", "b"); a path with a comma in it is one. Such a flag may also be given several times."""
-    return (text,) if Path(text).exists() else tuple(text.split(","))
-
-
-def weighted_names(text):
-    """"help=2,harm" -> (("help", 2.0), ("harm", 1.0)); "help,harm" -> (("help", None), ("harm", None))."""
-    parts = [part.partition("=") for part in text.split(",") if part]
-    if len({name for name, _, _ in parts}) < len(parts):
-        raise argparse.ArgumentTypeError(f"a name stands there twice: {text}")
-    try:
-        shares = [float(share or 1) if "=" in text else None for _, _, share in parts]
-    except ValueError:
-        shares = [math.nan]
-    if not all(share is None or 0 < share < math.inf for share in shares):
-        raise argparse.ArgumentTypeError(f"a share must be a number more than 0: {text}")
-    return tuple((name, share) for (name, _, _), share in zip(parts, shares))
-
-
-def as_typed(value):
-    """A flag's value in the words of a command line: the inverse of the readers above."""
-    if not isinstance(value, tuple):
-        return str(value)
-    return ",".join(f"{part[0]}{'' if part[1] is None else f'={part[1]:g}'}" if isinstance(part, tuple) else str(part)
-                    for part in value)
-
-
 def gate_weights(text):
     """The name of a learned gate, or the fixed weights of one: "0.3,0.7"."""
     try:
@@ -679,104 +631,6 @@ def gate_weights(text):
     if not weights or text not in GATES and not all(0 < weight < math.inf for weight in weights):
         raise argparse.ArgumentTypeError(f"expected {', '.join(GATES)} or positive numbers with commas, not {text!r}")
     return weights
-
-
-def check_values(settings, values):
-    """Raise UserError for a value that is not one of its field's choices, or out of its bounds."""
-    for flag in fields(settings):
-        value, (least, above, below, most) = values.get(flag.name), flag.metadata["bounds"]
-        if value is not None and flag.metadata["choices"] and value not in flag.metadata["choices"]:
-            raise UserError(f"--{flag.name} {value}: choose from {', '.join(filter(None, flag.metadata['choices']))}")
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in (one for one in numbers if isinstance(one, (int, float))):
-            wrong = ("not a finite number" if not abs(number) < 1e300 else
-                     f"must be at least {least}" if least is not None and number < least else
-                     f"must be more than {above}" if above is not None and number <= above else
-                     f"must be less than {below}" if below is not None and number >= below else
-                     f"must be at most {most}" if most is not None and number > most else "")
-            if wrong:
-                raise UserError(f"--{flag.name} {number}: {wrong}")
-
-
-def check_device(device):
-    """Raise UserError if torch has no such device here."""
-    try:
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """The parser of a dataclass of flags: its result has the given ones only. values: what --help shows as defaults;
-    hidden: flags that --help leaves out."""
-
-    def __init__(self, settings, program, description, values, hidden=()):
-        super().__init__(prog=program, description=description, usage=f"{program} [flags]", allow_abbrev=False,
-                         add_help=False, argument_default=argparse.SUPPRESS)
-        for flag in fields(settings):
-            if flag.metadata["heading"]:
-                group = self.add_argument_group(flag.metadata["heading"])
-            choices, value = filter(None, flag.metadata["choices"]), values.get(flag.name)
-            help = ": ".join(filter(None, (flag.metadata["help"], ", ".join(choices))))
-            if not (value is None or value is False or value in ("", ())):
-                help += f" (default: {as_typed(value)})"
-            help = argparse.SUPPRESS if flag.name in hidden else help.replace("%", "%%")
-            if flag.type is bool:
-                group.add_argument(f"--{flag.name}", action="store_true", help=help)
-            else:
-                kind = flag.type.__name__ if flag.type in (int, float) else "text"
-                group.add_argument(f"--{flag.name}", type=flag.metadata["read"] or flag.type, metavar=kind, help=help,
-                                   action="extend" if flag.metadata["read"] is source_names else "store")
-        self.add_argument("--help", action="store_true", help="show this text and stop")
-        self.add_argument("-h", dest="help", action="store_true", help=argparse.SUPPRESS)
-
-    def error(self, message):
-        """One line instead of argparse's page of usage, with the nearest flag where one was mistyped."""
-        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else []
-        raise UserError(message + (f"; did you mean {near[0]}?" if near else ""))
-
-
-@contextmanager
-def stop_signals():
-    """Yield a list that is no longer empty once Ctrl-C or SIGTERM came; a second one ends the program at once."""
-    came, before = [], {}
-
-    def note(number, frame):
-        if came:
-            raise KeyboardInterrupt(number)
-        came.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def as_command(main, name, interrupted):
-    """Run a program's main; one line ends it after a user's mistake (exit status 1), Ctrl-C (130) or SIGTERM (0). Does
-    not return where there are several processes."""
-    def stop(number, frame):
-        raise KeyboardInterrupt(number)
-    signal.signal(signal.SIGTERM, stop)
-    name += f" (rank {rank})" if (rank := os.environ.get("RANK", "0")) != "0" else ""
-    try:
-        main()
-    except (UserError, SafetensorError, OSError) as error:  # a full disk, a folder that may not be written, a long name
-        sys.exit(f"{name}: {UserError(str(error))}")
-    except KeyboardInterrupt as stopped:
-        print(f"{name}: {interrupted}", file=sys.stderr)
-        sys.exit(0 if stopped.args == (signal.SIGTERM,) else 130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-            if sys.exc_info()[0] is None:  # torch may still keep the group's threads in a cache, and now and then they
-                sys.stdout.flush()         # abort the interpreter at its end: end without it
-                sys.stderr.flush()
-                os._exit(0)
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,10 @@ from filelock import Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from losses import ALONE, batches, encode, gate_report, longest, response_logps, sequence_logps, whole_rows
-from model import (BROKEN, ScoreModel, Transformer, UserError, atomic_file, atomic_folder, check_keys, first_line,
-                   is_part, part_like, read_json, read_tensors, recover_folder, stored_name, whole, write_text)
+from common import (BROKEN, UserError, atomic_file, atomic_folder, check_keys, first_line, is_part, part_like,
+                    read_json, recover_folder, whole, whole_rows, write_text)
+from losses import ALONE, batches, encode, gate_report, longest, response_logps, sequence_logps
+from model import ScoreModel, Transformer, read_tensors, stored_name
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS

@@ -10,7 +10,6 @@ processes share, diagnostics, tables, and the sandbox of chat templates.
 Letters in shape comments: N pairs, R responses per prompt, B rows, T tokens per row, M response tokens in the batch,
 D width, V vocabulary.
 """
-import hashlib
 import itertools
 import json
 import math
@@ -36,7 +35,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from model import DTYPES, UserError, dense_mask, first_line, read_json
+from common import DTYPES, UserError, first_line, read_json, whole_rows
+from model import dense_mask
+
 
 # Losses
 
@@ -747,11 +748,6 @@ def alarms(rows):
     return found
 
 
-def whole_rows(path):
-    """The objects on the whole lines of a .jsonl file, which may be half written; none without a file."""
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
-
-
 @torch.no_grad()
 def gate_report(model):
     """{"kind", "experts": their names, "weights": of the experts for all or, of a gate on users, for an unknown user,
@@ -931,26 +927,6 @@ def plot(rows, headings, routers, gates, runs, out):
         axes.set(xlabel="optimiser step", ylabel=key)
     panels[0].legend(fontsize=8)
     save(figure, "training")
-
-
-# Hashes of files
-
-
-def content_hash(paths, *settings):
-    """Hash of the bytes of these files and of the settings: 32 hex digits."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
-
-
-def files_hash(path):
-    """Hash of the names, sizes and times of a file or of a folder's files (hashing gigabytes of weights is slow)."""
-    path = Path(path)
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest()
 
 
 # Chat templates in a sandbox: data.py's Tokenizer renders prompts with them

@@ -8,16 +8,13 @@ Letters in shape comments: B rows, T tokens per row, S keys, D width, V vocabula
 """
 import json
 import math
-import os
 import re
 import shutil
-import struct
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from pickle import UnpicklingError
-from zipfile import BadZipFile, is_zipfile
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -25,18 +22,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from common import BROKEN, DTYPES, UserError, atomic_folder, check_keys, first_line, part_like, read_json, whole
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
             "qwen3": "Qwen3ForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
             "gpt2": "GPT2LMHeadModel"}  # model_type: the class that transformers loads it with
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_SIZE = "5GB"
-BROKEN = (SafetensorError, UnpicklingError, BadZipFile, struct.error, RuntimeError, OSError, EOFError, AttributeError,
-          ValueError, TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -45,50 +41,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 # TF32, which NVIDIA's containers turn on, rounds products to three digits: log-probs add up hundreds of tokens
 torch.set_float32_matmul_precision("highest")
-
-
-class UserError(Exception):
-    """A mistake of the person at the keyboard: shown as one line, without a traceback."""
-
-    def __init__(self, message):  # what it quotes from a file may be of any length, and hold what a terminal obeys
-        line = "".join(character if character.isprintable() else " " for character in message)
-        super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-200:]}")
-
-
-def read_json(path, kinds={}, text=None):
-    """The object in a JSON file, or in a text from one, checked by `check_keys`. Raises UserError naming the file."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
-    except OSError as error:
-        raise UserError(f"{path}: {str(error.strerror).replace(' or directory', '').lower()}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, deeply nested
-        raise UserError(f"{path}: not JSON ({first_line(error)})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return check_keys(values, kinds, path)
-
-
-KINDS = {  # of values in files: what a message calls them, and whether a value is one
-    "text": lambda v: isinstance(v, str) and not re.search("[\ud800-\udfff]", v),
-    "a list": lambda v: isinstance(v, list), "an object": lambda v: isinstance(v, dict),
-    "true or false": lambda v: isinstance(v, bool), "0 or 1": lambda v: type(v) is int and v in (0, 1),
-    "a finite number": lambda v: type(v) in (int, float) and abs(v) < 1e300,
-    "a number above 0": lambda v: type(v) in (int, float) and 0 < v < 1e300,
-    "a whole number": lambda v: type(v) is int and 0 <= v < 2 ** 31,
-    "a whole number from 1 to 512": lambda v: type(v) is int and 0 < v <= 512,
-    "a whole number from 1 to a million": lambda v: type(v) is int and 0 < v <= 10 ** 6,
-    "a list of texts": lambda v: isinstance(v, list) and all(map(KINDS["text"], v)),
-    "text or a list of texts": lambda v: KINDS["text"](v) or KINDS["a list of texts"](v),
-    "token ids": lambda v: all(map(KINDS["a whole number"], v if isinstance(v, list) else [v]))}
-
-
-def check_keys(values, kinds, path):
-    """The values; raises UserError for one that is not of its key's kind. null is of any. kinds: {kind: keys}."""
-    for kind, keys in kinds.items():
-        for key in keys.split():
-            if values.get(key) is not None and not KINDS[kind](values[key]):
-                raise UserError(f"{path}: {key} is {values[key]!r:.60}, expected {kind}")
-    return values
 
 
 CONFIG_KEYS = {  # of config.json; layers take memory as soon as they are made, the other sizes when weights fit them
@@ -105,40 +57,6 @@ CONFIG_KEYS = {  # of config.json; layers take memory as soon as they are made, 
     "a list of texts": "architectures layer_types", "an object": "rope_parameters rope_scaling",
     "token ids": "eos_token_id"}
 NULL_IS_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # of other keys, the default
-
-
-def first_line(error):
-    """The first line of an exception's message, or the exception's name where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-@contextmanager
-def atomic_file(path):
-    """Write a file atomically: yields a temporary path, which is renamed to `path` at the end."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may write the same file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path):
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "posix" or Path(path).is_file():
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def write_text(path, text):
-    """Write a text file atomically."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 @dataclass
@@ -939,24 +857,6 @@ def shard(modules, mesh, ignored=()):
         module.register_forward_hook(lambda *_: torch.clear_autocast_cache())  # it would keep a copy of every weight
 
 
-def is_part(tensor):
-    """True if the tensor is sharded: a DTensor of which this process holds some rows."""
-    return hasattr(tensor, "full_tensor")
-
-
-def whole(tensor):
-    """The tensor in one piece. Of a sharded one, all processes call this together."""
-    return tensor.full_tensor().clone() if is_part(tensor) else tensor  # it is a view of padded rows
-
-
-def part_like(tensor, like):
-    """The tensor, sharded as `like` is, if that is."""
-    if not is_part(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # None: nothing is sent
-
-
 def load_weights(model, folder, dtype, device):
     """Put a checkpoint's tensors in the place of a meta-device model's parameters, one at a time."""
     config, layout = model.config, stored_layout(model)
@@ -986,34 +886,3 @@ def load_weights(model, folder, dtype, device):
         raise UserError(f"{folder}: tensor {min(missing)} is missing{more}")
     if config.tied and isinstance(model, Transformer):
         model.lm_head.weight = model.model.embed_tokens.weight
-
-
-def recover_folder(folder):
-    """After a writer of `atomic_folder` was killed: put the folder back if it was between its two renames, and remove
-    what else it left. Returns the paths for the next one: of what is being written, and of what it replaces."""
-    temporary, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return temporary, old
-
-
-@contextmanager
-def atomic_folder(folder):
-    """Write a folder atomically: yields a temporary one, which is renamed to `folder` at the end."""
-    folder = Path(folder)
-    temporary, old = recover_folder(folder)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)

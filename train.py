@@ -21,19 +21,20 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import (SOURCES, TEMPLATE_NAMES, TEMPLATES, VIEWS, Tokenizer, add_margins, apply_view, carry_scores,
+from common import (DTYPES, Parser, UserError, as_command, atomic_folder, check_device, check_values, content_hash,
+                    files_hash, is_part, numbers, setting, source_names, stop_signals, weighted_names, whole, write_text)
+from data import (SOURCES, TEMPLATES, TEMPLATE_NAMES, VIEWS, Tokenizer, add_margins, apply_view, carry_scores,
                   check_source, flip_labels, load_sources, require)
-from eval import (Parser, as_command, check_device, check_values, evaluate_run, gate_weights, load_start,
-                  mixture_report, numbers, setting, source_names, stop_signals, weighted_names)
+from eval import evaluate_run, gate_weights, load_start, mixture_report
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, close_run, count_experts,
                       disable_experts, expert_layers, freeze_experts, is_mixture, is_router, load_adapter,
                       load_checkpoint, load_trained, mixture_logps, open_metrics, open_run, perturb_experts,
-                      pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint,
-                      save_trained, set_routers, trainable_parameters, use_expert)
-from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, content_hash, encode_pairs, epoch_order,
-                    files_hash, one_line_if_lost, pack, policy_logps, precision, show_pair, split_step)
-from model import (DTYPES, ScoreModel, Transformer, UserError, atomic_folder, compile_once, find_folder, is_part,
-                   read_config, shard, whole, write_text)
+                      pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint, save_trained,
+                      set_routers, trainable_parameters, use_expert)
+from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, encode_pairs, epoch_order,
+                    one_line_if_lost, pack, policy_logps, precision, show_pair, split_step)
+from model import ScoreModel, Transformer, compile_once, find_folder, read_config, shard
+
 
 # A method: what it consists of, and the forward pass and builder of most of them
 
@@ -85,6 +86,7 @@ TOY = {"epochs": 2, "lora_rank": 16, "lr": lambda v: 1.6e-4 if v["lora_rank"] el
 METHODS = {}
 PREFERENCE = ("beta", "label_smoothing")
 
+
 # SFT, DPO and SafeDPO. DPO raises the log-ratio of the chosen response to the reference over that of the rejected one
 # (arXiv 2305.18290). SafeDPO is DPO on the pairs that T (data.py: safedpo_transform) keeps, swaps or drops, with an
 # offset Δ on safe/unsafe pairs (arXiv 2505.20065).
@@ -110,6 +112,7 @@ METHODS["sft"] = Method("helpful", sft, responses=1, reference="", reads=("init_
 METHODS["dpo"] = Method("helpful", dpo, reads=("init_adapter", *PREFERENCE))
 METHODS["safedpo"] = Method("safedpo", safedpo, reads=("init_adapter", *PREFERENCE, "delta"),
                             labels=("chosen_unsafe", "rejected_unsafe"))
+
 
 # Reward and cost models: the policy's trunk under a scalar head, read at the last token.
 # Bradley-Terry on which response is better (arXiv 2203.02155); a cost model also learns the sign (arXiv 2310.12773).
@@ -144,6 +147,7 @@ SCORE_MODEL = dict(forward=response_scores, build=build_score_model, reference="
                    toy={"lr": 3e-4, "epochs": 1, "weight_decay": 0.05, "score_l2": 0.0})
 METHODS["reward"] = Method("helpful", reward, **SCORE_MODEL)
 METHODS["cost"] = Method("cost", cost, **SCORE_MODEL, labels=("chosen_unsafe", "rejected_unsafe"))
+
 
 # SPE-DPO and MidPO (arXiv 2506.02460): an expert for safety and one for helpfulness, each by DPO with a margin m of a
 # score model; then, both frozen, a router in every layer learns by DPO on D_dual how much of each a token gets.
@@ -223,6 +227,7 @@ METHODS["midpo"] = Method(
     preset={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
     toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7})
 
+
 # PMoL (arXiv 2411.01245): K experts and an empty one in every wrapped layer under a softmax router, trained together by
 # DPO on mixed preferences. A soft loss sends each preference's tokens to its own group of experts.
 
@@ -272,6 +277,7 @@ METHODS["pmol"] = Method(
            "router_lr"),
     preset={"lora_rank": 16, "lora_targets": "mlp"},
     toy={"groups": "helpfulness,harmlessness,empathy", "lora_targets": "down_proj", "lr": 8e-5})
+
 
 # Mix-DPO and MoE-DPO (arXiv 2510.08256): K whole expert policies under one latent Bradley-Terry mixture, trained by its
 # ELBO; the gate's weights are constant (Mix-DPO) or depend on the prompt or the user (MoE-DPO).
@@ -344,6 +350,7 @@ TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr":
 METHODS["mix-dpo"] = Method("helpful", moe_dpo, **MIXTURE, preset=LORA_MIXTURE, toy=TWO_TASTES)
 METHODS["moe-dpo"] = Method("helpful", moe_dpo, **MIXTURE, preset={**LORA_MIXTURE, "gate": "prompt"},
                             toy={**TWO_TASTES, "gate": "user"})
+
 
 # Settings: each is declared once, with its help, default, bounds and how its text is read
 

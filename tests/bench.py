@@ -31,10 +31,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_train  # noqa: E402
+import common  # noqa: E402
 import losses  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
-from data import Encoded, pack  # noqa: E402
+from losses import Encoded, pack  # noqa: E402
 from eval import refuses  # noqa: E402
 from lora_moe import add_experts, router_weights, trainable_parameters  # noqa: E402
 from model import ModelConfig, Transformer, generate, stream  # noqa: E402
@@ -203,7 +204,7 @@ def bench_rounding(rounds):
                 with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
                     train.main([*"--method safedpo --delta 10 --lora_rank 0 --epochs 1 --device cpu --resume".split(),
                                 "--lr", rate, "--seed", str(seed), "--out", out, *flags])
-                ends[name].append(losses.whole_rows(Path(out) / "metrics.jsonl")[-1])
+                ends[name].append(common.whole_rows(Path(out) / "metrics.jsonl")[-1])
         for name, rows in ends.items():
             loss, margin = (np.array([row[f"eval/{key}"] for row in rows]) for key in ("loss", "rewards/margins"))
             exact = np.array([row["eval/loss"] for row in ends["float32"]])

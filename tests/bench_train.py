@@ -31,6 +31,9 @@ from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import model as model_file  # noqa: E402
+import lora_moe  # noqa: E402
+import common  # noqa: E402
 import losses  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
@@ -137,7 +140,7 @@ def tokens_of(encoded, order, config):
     with a prompt each, response tokens, Σ n² over the pairs), each (steps,)."""
     rows = []
     for indices in np.split(order, range(8, len(order), 8)):
-        batch, bounds = train.pack(encoded, indices), encoded.bounds[indices]
+        batch, bounds = losses.pack(encoded, indices), encoded.bounds[indices]
         longest = (np.diff(bounds, axis=1)[:, 1:].max(1) + bounds[:, 1] - bounds[:, 0]).max()
         n = encoded.lengths()[indices]
         rows.append((n.sum(), batch.tokens.numel(), 2 * len(indices) * longest, len(batch.target), (n ** 2).sum()))
@@ -161,11 +164,11 @@ def bench_train(work, device, epochs, peer):
     encoded, _ = train.load_data(config, Tokenizer(config.model, config.template))
     real, packed, padded, predicted, squares = tokens_of(encoded, train.training_order(encoded, config), config)
     shapes = products(model, int(real.mean()), int(predicted.mean()))
-    rates = [matrix_rate(shapes, train.DTYPES[dtype], device)]
+    rates = [matrix_rate(shapes, common.DTYPES[dtype], device)]
     with tempfile.TemporaryDirectory() as folder:
         ours = process(sys.executable, "-c", RUN, *flags, folder=folder)
-        rows = losses.whole_rows(Path(folder) / "out/dpo/metrics.jsonl")
-    rates.append(matrix_rate(shapes, train.DTYPES[dtype], device))
+        rows = common.whole_rows(Path(folder) / "out/dpo/metrics.jsonl")
+    rates.append(matrix_rate(shapes, common.DTYPES[dtype], device))
     step_s = real / [row["tokens/s"] for row in rows]
     attention = 4 * model.num_heads * model.head_dim * (3 * model.num_layers - 2) * squares.sum()
     flops = len(rows) * sum(2 * rows * width * out * number for rows, width, out, number in shapes) + attention
@@ -296,14 +299,14 @@ def child(work, change="all of it", flags=()):
     config = train.METHODS[config.method].settle(config, encoded.groups)
     model = train.load_model(config, Path(config.model), encoded.groups)
     encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
-    parameters = train.trainable_parameters(model.train())
+    parameters = lora_moe.trainable_parameters(model.train())
     state = {"model": model, "encoded": encoded, "optimizer": train.make_optimizer(parameters, config),
              "order": train.training_order(encoded, config)[:len(encoded)]}
     if callable(change):
         change(state)
     train.keep_freed_memory()
     if config.compile:
-        model.model.run = train.compile_once(model.model.run)
+        model.model.run = model_file.compile_once(model.model.run)
     for _ in range(2):
         start, cpu, sums = time.perf_counter(), time.process_time(), {}
         for indices in np.split(state["order"], range(8, len(encoded), 8)):

@@ -22,13 +22,15 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
+import losses  # noqa: E402
 import eval as eval_file  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
-from data import Encoded, Tokenizer, apply_view, pack  # noqa: E402
+from data import Tokenizer, apply_view  # noqa: E402
+from losses import Encoded, pack, policy_logps  # noqa: E402
 from lora_moe import add_experts, perturb_experts  # noqa: E402
-from losses import policy_logps  # noqa: E402
-from model import ModelConfig, ScoreModel, Transformer, UserError, read_json, stream  # noqa: E402
+from common import UserError, read_json  # noqa: E402
+from model import ModelConfig, ScoreModel, Transformer, stream  # noqa: E402
 
 FIXTURES, LAYOUTS = ROOT / "tests" / "fixtures", ROOT / "tests" / "layouts"
 FAMILY_FIXTURES = ("llama", "llama3", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3", "gemma", "gemma2",
@@ -385,7 +387,7 @@ def passes(monkeypatch):
 @pytest.fixture
 def encoded_lists(monkeypatch):
     """The lists of pairs that runs tokenise, in order: those to train on, then the held-out ones."""
-    lists, encode_pairs = [], train.encode_pairs
+    lists, encode_pairs = [], losses.encode_pairs
 
     def recording(tokenizer, pairs, *rest):
         lists.append(pairs)

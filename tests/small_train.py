@@ -5,7 +5,7 @@ import pytest
 
 import train
 from conftest import make_small, shorten_answers
-from eval import as_command
+from common import as_command
 
 if __name__ == "__main__":
     make_small(pytest.MonkeyPatch())

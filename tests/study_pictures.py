@@ -4,7 +4,7 @@ lines: {row: metrics over seeds, "…_se" beside each}. runs: {(row, seed): run 
 """
 import itertools
 
-from model import read_json
+from common import read_json
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart; markers differ as well
 COLOURS, MARKS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "os^Dv<P"

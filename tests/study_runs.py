@@ -17,10 +17,11 @@ from safetensors import safe_open
 
 import toy
 from data import Tokenizer, apply_view
-from eval import answer, choose_experts, load_policy, load_start
-from lora_moe import cached_logps, read_settings, use_expert
+from eval import answer, load_policy, load_start
+from lora_moe import cached_logps, choose_experts, read_settings, use_expert
 from losses import encode
-from model import generate, read_json, write_text
+from common import read_json, write_text
+from model import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/study")

@@ -11,7 +11,8 @@ from conftest import (FIXTURES, edit_json, edit_tensors, line_of, load_fixture, 
                       relative_error)
 from lora_moe import (add_experts, disable_experts, expert_layers, load_adapter, merge_experts, perturb_experts,
                       save_adapter, set_routers, trainable_parameters)
-from model import Transformer, UserError, read_json
+from common import UserError, read_json
+from model import Transformer
 
 ADAPTERS = {"adapter_list": "llama", "adapter_regex": "llama", "adapter_rslora": "llama", "adapter_pattern": "llama",
             "adapter_gpt2": "gpt2"}

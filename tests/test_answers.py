@@ -10,6 +10,8 @@ import pytest
 import tokenizers
 import torch
 
+import model as model_file
+import losses
 import eval as eval_file
 import toy
 from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_of, logp_alone, run, score_alone,
@@ -18,7 +20,8 @@ from data import Tokenizer, load_sources
 from eval import read_prompts
 from lora_moe import expert_layers, use_expert
 from losses import longest, markdown_table, win_rate
-from model import ScoreModel, Transformer, read_json
+from common import read_json
+from model import ScoreModel, Transformer
 
 # Prompts
 
@@ -113,7 +116,7 @@ def test_answers_do_not_depend_on_the_batch_and_are_not_made_twice(policy, monke
 
 
 def test_an_interrupted_call_goes_on_where_it_stopped(policy, monkeypatch):
-    stream = eval_file.stream
+    stream = model_file.stream
     whole = evaluate(policy, "--batch_size", 4)
     answers = kept(policy)
     [path] = Path(policy).glob("answers-*.jsonl")
@@ -397,8 +400,8 @@ def test_texts_longer_than_a_models_positions_are_cut(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     tokenizer = Tokenizer(tmp_path, "plain")
     assert longest(model) == 64 and longest(tiny("llama"), 512) == 512 and longest(model, 8) == 8
-    assert len(eval_file.score(model, tokenizer, [("a " * 99, "a " * 99)])) == 1
-    assert eval_file.score(model, tokenizer, []) == []
+    assert len(losses.score(model, tokenizer, [("a " * 99, "a " * 99)])) == 1
+    assert losses.score(model, tokenizer, []) == []
 
 
 def test_runs_with_other_templates_have_a_start_each(asked):
@@ -441,7 +444,7 @@ def test_text_that_is_no_unicode_is_kept_as_it_was_written(quick):
 
 
 def test_answers_that_grow_are_a_warning(policy, monkeypatch, capsys):
-    stream = eval_file.stream
+    stream = model_file.stream
 
     def longer(model, prompts, count, *settings):
         return stream(model, prompts, 4 if any(expert_layers(model)) else 2, *settings)

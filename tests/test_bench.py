@@ -2,6 +2,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lora_moe
 import train
 from bench_train import products
 from conftest import encoded_of, load_fixture
@@ -18,9 +19,9 @@ class CountProducts(TorchDispatchMode):
 
 def test_products_are_the_matrix_products_of_a_step_but_for_those_of_lora():
     model, encoded, rank = load_fixture("llama"), encoded_of([(9, 5, 4)]), 2
-    train.add_experts(model, ["down_proj"], rank, 4)
+    lora_moe.add_experts(model, ["down_proj"], rank, 4)
     encoded.labels["reference"] = torch.zeros(1, 2).numpy()
-    parameters = train.trainable_parameters(model)
+    parameters = lora_moe.trainable_parameters(model)
     config = train.parse_flags(["--method", "dpo", "--device", "cpu"])
     with CountProducts() as counter:
         train.train_step(model, parameters, train.make_optimizer(parameters, config), encoded, [[0]], config, {})

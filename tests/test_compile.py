@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import lora_moe
 import train
 from conftest import encoded_of, files_of, run, tiny
-from data import pack
-from losses import policy_logps
+from losses import pack, policy_logps
 from model import compile_once
 from test_steps import check_equal, inputs_of, ready
 
@@ -28,7 +28,7 @@ def twice_at_most():
 def test_batches_of_all_shapes_take_two_compilations(place, method, checkpointing, backend):
     inputs_of(method)
     config, model, encoded = ready(method, *["--checkpointing"] * checkpointing)
-    order, parameters = np.argsort(-encoded.lengths(), kind="stable"), train.trainable_parameters(model)
+    order, parameters = np.argsort(-encoded.lengths(), kind="stable"), lora_moe.trainable_parameters(model)
     batches = [pack(encoded, indices) for indices in (order[:5], order[10:30], order[-1:], order[:1], order[6:12])]
     shapes = [tuple(batch.tokens.shape) for batch in batches]
     assert len({T for _, T in shapes}) > 3 and len({B for B, _ in shapes}) > 3 and 1 in dict(shapes)

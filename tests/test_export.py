@@ -7,7 +7,8 @@ import torch
 import eval as eval_file
 from conftest import BASE, line_of, logits_of, run
 from lora_moe import Gate, expert_layers, load_adapter, use_expert
-from model import Transformer, read_json
+from common import read_json
+from model import Transformer
 
 TOKENS = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
 STEPS = ("--lora_rank", 4, "--lr", 1e-2, "--max_steps", 3)

@@ -17,7 +17,7 @@ import model
 import toy
 import train
 from conftest import interrupt_at, make_quick, make_small, mistake, run, timeless
-from eval import as_command
+from common import as_command
 from losses import Processes
 from model import ModelConfig, Transformer
 from test_processes import torchrun

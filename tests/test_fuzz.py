@@ -27,6 +27,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+import common
 import data
 import eval as eval_file
 import losses
@@ -35,7 +36,8 @@ from conftest import FIXTURES, LAYOUTS, byte_tokenizer, edit_json, leftovers, li
 from data import Tokenizer
 from lora_moe import (adapter_warnings, add_gate, choose_experts, load_adapter, load_checkpoint, load_experts,
                       save_checkpoint, save_experts, use_expert)
-from model import ScoreModel, Transformer, UserError, generate
+from common import UserError
+from model import ScoreModel, Transformer, generate
 
 CASES, FIRST = int(os.environ.get("FUZZ_CASES", 300)), int(os.environ.get("FUZZ_FIRST", 0))
 SECONDS = 5                    # of the processor that one case may take
@@ -450,7 +452,7 @@ def test_settings_of_a_run(tmp_path):
 
         def use():
             try:
-                eval_file.as_command(lambda: eval_file.load_start(eval_file.load_policy(tmp_path / "run")[2]), "", "")
+                common.as_command(lambda: eval_file.load_start(eval_file.load_policy(tmp_path / "run")[2]), "", "")
             except SystemExit as error:
                 raise UserError(error.code) from None
         return what, use, tmp_path, *("no such", "not a folder", "not a model folder", "not a directory",
@@ -593,7 +595,7 @@ def test_command_lines(tmp_path, monkeypatch):
 
         def use():
             try:
-                eval_file.as_command(lambda: program.main(words), program.__name__, "interrupted")
+                common.as_command(lambda: program.main(words), program.__name__, "interrupted")
             except SystemExit as error:
                 if error.code:
                     raise UserError(error.code) from None

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 from conftest import FAMILY_FIXTURES, FIXTURES, load_fixture
 from lora_moe import add_experts, load_adapter, merge_experts, perturb_experts
-from model import KVCache, UserError, generate, packed_linears, packs_linears, sample, stream
+from common import UserError
+from model import KVCache, generate, packed_linears, packs_linears, sample, stream
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [33], [90, 4, 71, 22], [8, 8, 8, 30, 2, 61, 44]]
 

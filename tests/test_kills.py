@@ -18,9 +18,11 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+import lora_moe
+import data
 import train
 from conftest import files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
-from eval import as_command
+from common import as_command
 from losses import LONG, alarms
 
 KILLS = int(os.environ.get("KILLS", 2))
@@ -88,7 +90,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_leaves_the_checkpoint_before_it(
 
     def fill():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        save, saved = train.save_checkpoint, []
+        save, saved = lora_moe.save_checkpoint, []
 
         def save_twice(*settings):
             if saved:
@@ -146,7 +148,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_named(quick, mon
     assert "loss" not in logged[2] and 0.1 < logged[0]["loss"] / logged[1]["loss"] < 10
     shown = capsys.readouterr()
     config = train.parse_flags([*map(str, FLAGS), "--device", "cpu"])
-    order = train.training_order(train.load_data(config, train.Tokenizer(train.base_folder(config)))[0], config)
+    order = train.training_order(train.load_data(config, data.Tokenizer(train.base_folder(config)))[0], config)
     for i in (1, 4, 5):
         assert f"pairs {', '.join(map(str, order[8 * i:8 * i + 8]))}" in shown.out
     assert "skipped=3" in shown.err
@@ -221,5 +223,5 @@ def test_half_a_row_breaks_no_reader_of_metrics(quick):
     out = run("run", *FLAGS, "--max_steps", 4)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
-    assert [row["step"] for row in train.open_metrics(out / "metrics.jsonl", 9)[1]] == [2, 4]
+    assert [row["step"] for row in lora_moe.open_metrics(out / "metrics.jsonl", 9)[1]] == [2, 4]
     assert [row["step"] for row in json_lines(out / "metrics.jsonl")] == [2, 4]

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+import model as model_file
 import data
 import eval as eval_file
 from conftest import BASE, json_lines, line_of, mistake, rows, run, score_alone, write_rows
 from data import Tokenizer, read_comparisons
-from model import UserError, read_json
+from common import UserError, read_json
 
 JUDGES = """
 def words(prompt, response):
@@ -39,7 +40,7 @@ def make(*flags, prompts="prompts.txt", scorers="toy_judges:words,toy_judges:sho
 
 
 def test_the_best_of_the_answers_stands_against_the_worst(asked, monkeypatch):
-    generated, generate = [], data.generate
+    generated, generate = [], model_file.generate
 
     def recording(*arguments, **settings):
         generated.extend(outputs := generate(*arguments, **settings))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lora_moe
 import train
 from conftest import (SHAPES, encoded_of, files_of, interrupt_at, load_run, packed_logps, relative_error, rows, run,
                       timeless, tiny)
@@ -132,7 +133,7 @@ def test_small_updates_add_up_to_those_of_float32_weights(quick):
 def one_step(watch=lambda parameters: None, pairs=([*range(8)],), processes=ALONE):
     """({name: parameter}, their values before, metrics) of one step on random tokens, in so many passes."""
     config, model, _ = load_run(*FLAGS)
-    parameters, before, sums = dict(train.trainable_parameters(model)), copy.deepcopy(model.state_dict()), {}
+    parameters, before, sums = dict(lora_moe.trainable_parameters(model)), copy.deepcopy(model.state_dict()), {}
     watch(parameters)
     encoded = encoded_of([(9, 8, 7), (5, 9, 9)] * 4)
     encoded.labels["reference"] = np.zeros((8, 2), dtype=np.float32)

@@ -18,7 +18,8 @@ from conftest import (BASE, COMPARISONS, check_that_it_is_evaluated_again_alike,
                       shorten_answers, softplus)
 from data import apply_view
 from lora_moe import expert_layers
-from model import ScoreModel, Transformer, generate, read_json
+from common import read_json
+from model import ScoreModel, Transformer, generate
 
 STAGES = ["reward", "cost", "safety", "helpful"]
 FLAGS = ("--method", "midpo", "--max_steps", 4, "--log_every", 1, "--batch_size", 4)

@@ -11,10 +11,12 @@ import losses
 import train
 from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line_of, log_softmax, logits_of, pieces,
                       relative_error, tiny)
-from data import Tokenizer, pack
+from data import Tokenizer
+from losses import pack
 from lora_moe import (Gate, add_experts, choose_experts, expert_layers, expert_logps, load_experts, merge_experts,
                       mixture_logps, perturb_experts, pooled_states, save_experts, set_routers, use_expert)
-from model import Transformer, generate, read_json, stream
+from common import read_json
+from model import Transformer, generate, stream
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (7, 1, 3), (2, 3, 1), (9, 8, 7)]
 

@@ -9,9 +9,8 @@ import torch
 import eval as eval_file
 import train
 from conftest import BASE, load_run, log_softmax, pair_logps, preference_pairs, run
-from data import Encoded
+from losses import Encoded, expert_margins
 from lora_moe import expert_layers, mixture_logps
-from losses import expert_margins
 from model import Transformer
 
 ANNOTATORS = tuple(f"{taste} {number:03}" for number in range(3) for taste in ("curtness", "warmth"))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import model as model_file
 from conftest import (FAMILY_FIXTURES, FIXTURES, edit_json, edit_tensors, line_of, load_fixture, logits_of,
                       relative_error)
-from model import (FAMILIES, ModelConfig, RMSNorm, ScoreModel, Transformer, atomic_file, atomic_folder, find_folder,
-                   read_config, read_json, write_text)
+from common import atomic_file, atomic_folder, read_json, write_text
+from model import FAMILIES, ModelConfig, RMSNorm, ScoreModel, Transformer, find_folder, read_config
 
 
 def copy_of(name, tmp_path):

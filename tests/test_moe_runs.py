@@ -13,7 +13,8 @@ import losses
 from conftest import (BASE, check_that_it_loads_and_is_evaluated_alike, files_of, first_batch, grouped_file,
                       interrupt_at, mistake, pair_logps, preference_pairs, rows, run, timeless, write_rows)
 from lora_moe import add_experts, merge_experts, perturb_experts, save_adapter
-from model import Transformer, read_json
+from common import read_json
+from model import Transformer
 
 SHORT = ("--max_steps", 3, "--log_every", 1, "--batch_size", 6)
 FLAGS = (*SHORT, "--lora_rank", 4, "--annotators", 6)

@@ -8,8 +8,7 @@ import pytest
 
 import train
 from conftest import encoded_of, load_run, run, small_pairs
-from data import encode_pairs
-from losses import epoch_order
+from losses import encode_pairs, epoch_order
 
 # The order
 

@@ -18,7 +18,8 @@ from conftest import (BASE, check_that_it_is_evaluated_again_alike, check_that_i
 from data import Pair
 from lora_moe import expert_layers
 from losses import expert_group_soft_loss, group_targets
-from model import Transformer, read_json
+from common import read_json
+from model import Transformer
 
 # The targets
 

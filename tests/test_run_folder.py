@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import losses
 import eval as eval_file
 import lora_moe
 import train
 from conftest import files_of, interrupt_at, mistake, rows, run, timeless
-from losses import content_hash
-from model import read_json
+from common import content_hash, read_json
 
 FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--max_steps", 4, "--log_every", 1)
 
@@ -215,7 +215,7 @@ def test_the_run_folder_shows_the_tokens_of_the_first_pair(quick):
 
 def test_reference_log_probs_are_shared_by_runs_that_need_the_same(quick, monkeypatch):
     computed = []
-    response_logps = lora_moe.response_logps
+    response_logps = losses.response_logps
     monkeypatch.setattr(lora_moe, "response_logps", lambda *rest: computed.append(1) or response_logps(*rest))
     for name, flags in (("a", ("--delta", 10)), ("b", ("--delta", 3)), ("c", ("--beta", 0.5, "--batch_size", 4))):
         run(name, *FLAGS, *flags)

@@ -10,7 +10,7 @@ import pytest
 import train
 from conftest import BASE, LAYOUTS, grouped_file, line_of, load_run, pieces, rows, run, write_rows
 from data import Comparison, flip_labels, load_comparisons, prompt_hash, read_comparisons, source_files
-from model import UserError
+from common import UserError
 
 REPOS = {"PKU-Alignment/PKU-SafeRLHF": "saferlhf", "PKU-Alignment/PKU-SafeRLHF-30K": "saferlhf-30k",
          "Anthropic/hh-rlhf": "hh", "openbmb/UltraFeedback": "ultrafeedback"}

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval as eval_file
+import data
 import train
 from conftest import BASE, first_batch, load_run, logp_alone, mistake, pair_logps, rows, run, small_pairs, ids_of
 from data import Tokenizer
 from lora_moe import adapter_warnings, base_hash, load_adapter, merge_experts, trainable_parameters
-from model import Transformer, read_json
+from common import read_json
+from model import Transformer
 
 SFT = ("--method", "sft", "--lora_rank", 4, "--lora_targets", "q_proj,down_proj", "--lr", 1e-2, "--max_steps", 6)
 
@@ -114,7 +115,7 @@ def test_whatever_is_trained_is_float32_also_on_a_bfloat16_base(quick, flags):
 
 def test_a_score_head_on_a_bfloat16_trunk_scores_in_float32(quick):
     out = run("reward", "--method", "reward", "--lora_rank", 4, "--dtype", "bfloat16", "--max_steps", 4, "--lr", 1e-2)
-    model, tokenizer = eval_file.load_score_model(out / "model")
+    model, tokenizer = data.load_score_model(out / "model")
     weight = model.score.weight
     assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
     hidden = torch.randn(1, 3, weight.shape[1])

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+import model as model_file
+import lora_moe
 import losses
 import train
 from conftest import encoded_of, perturb_experts
-from data import Tokenizer, pack
-from losses import ALONE, split_step
-from model import whole
+from data import Tokenizer
+from losses import ALONE, pack, split_step
+from common import whole
 
 METHODS = {
     "sft": (), "dpo": ("--lora_rank", 4), "safedpo": (), "reward": (), "cost": (), "pmol": ("--lora_rank", 4, "--egs_weight", 1),
@@ -39,7 +41,7 @@ def ready(method, *flags, device="cpu", processes=ALONE):
 def step_of(method, parts, processes=ALONE, *flags, tokens=0, device="cpu"):
     """({parameter: gradient}, metrics) of one step of eight pairs in so many forward passes, or more by a budget."""
     config, model, encoded = ready(method, *flags, device=device, processes=processes)
-    parameters, gradients, sums = train.trainable_parameters(model), {}, {}
+    parameters, gradients, sums = lora_moe.trainable_parameters(model), {}, {}
     optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: gradients.update(
         (name, whole(parameter.grad).clone()) for name, parameter in parameters if parameter.grad is not None))
     passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"),
@@ -52,11 +54,11 @@ def step_of(method, parts, processes=ALONE, *flags, tokens=0, device="cpu"):
 def inputs_of(method):
     """Make what the method wants to find: an adapter, a score model."""
     if method == "midpo":
-        model = train.add_experts(train.Transformer.from_pretrained(train.toy_base(0, "cpu")), ["down_proj"], 4, 8)
-        train.save_trained(perturb_experts(model, 0.1, 1), Path())
+        model = lora_moe.add_experts(model_file.Transformer.from_pretrained(train.toy_base(0, "cpu")), ["down_proj"], 4, 8)
+        lora_moe.save_trained(perturb_experts(model, 0.1, 1), Path())
     if method == "spe-dpo":
-        model = train.Transformer.from_pretrained(train.toy_base(0, "cpu"))
-        train.ScoreModel.from_policy(model).save_pretrained("score")
+        model = model_file.Transformer.from_pretrained(train.toy_base(0, "cpu"))
+        model_file.ScoreModel.from_policy(model).save_pretrained("score")
 
 
 @pytest.mark.parametrize("method", METHODS)

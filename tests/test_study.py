@@ -12,7 +12,7 @@ import study_record
 import study_runs
 import toy
 import train
-from model import read_json
+from common import read_json
 
 
 def finish_at_once(command):

@@ -9,10 +9,10 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lora_moe
 import train
 from conftest import encoded_of, tiny
-from data import pack
-from losses import split_step
+from losses import pack, split_step
 from test_steps import METHODS, inputs_of, ready
 
 
@@ -33,7 +33,7 @@ def test_a_step_does_not_wait_for_the_device(place, monkeypatch, method):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no device "meta"
     config, model, encoded = ready(method)
     model, config = model.to("meta"), replace(config, device="meta")
-    parameters = train.trainable_parameters(model)
+    parameters = lora_moe.trainable_parameters(model)
     optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: None)
     parts = split_step(train.training_order(encoded, config)[:8], 2, encoded.labels.get("annotator"))
     train.train_step(model, parameters, optimizer, encoded, parts, config, {})  # constants are copied once

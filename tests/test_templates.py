@@ -10,8 +10,9 @@ import pytest
 import data
 import losses
 from conftest import byte_tokenizer, line_of, pieces
-from data import Pair, Tokenizer, encode_pairs
-from model import UserError
+from data import Pair, Tokenizer
+from losses import encode_pairs
+from common import UserError
 
 TURNS = [{"role": role, "content": content}
          for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"))]

@@ -23,9 +23,11 @@ import train
 from conftest import (BASE, ROOT, SHAPES, SIZES, brute_force, check_that_it_is_evaluated_again_alike, files_of,
                       first_batch, ids_of, interrupt_at, leftovers, load_run, logits_of, logp_alone, packed_logps, rows,
                       run, small_pairs, timeless)
-from data import Tokenizer, encode_pairs
+from data import Tokenizer
+from losses import encode_pairs
 from lora_moe import load_adapter, perturb_experts
-from model import ModelConfig, Transformer, read_json
+from common import read_json
+from model import ModelConfig, Transformer
 
 LOGGED = ("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
           "logps/rejected", "grad_norm", "lr", "tokens/s")

@@ -7,8 +7,8 @@ import tokenizers
 import eval as eval_file
 import losses
 from conftest import tiny, write_rows
-from data import Pair, Tokenizer, apply_view, encode_pairs, load_sources
-from losses import show_pair
+from data import Pair, Tokenizer, apply_view, load_sources
+from losses import encode_pairs, show_pair
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")

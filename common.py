@@ -1,0 +1,331 @@
+"""What any room may need: errors of users, checked JSON, whole files, hashes, and command-line flags."""
+import argparse
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import struct
+import sys
+from contextlib import contextmanager
+from dataclasses import field, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import BadZipFile
+
+import torch
+from safetensors import SafetensorError
+
+
+class UserError(Exception):
+    """A mistake of the person at the keyboard: shown as one line, without a traceback."""
+
+    def __init__(self, message):  # what it quotes from a file may be of any length, and hold what a terminal obeys
+        line = "".join(character if character.isprintable() else " " for character in message)
+        super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-200:]}")
+
+
+def first_line(error):
+    """The first line of an exception's message, or the exception's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+KINDS = {  # of values in files: what a message calls them, and whether a value is one
+    "text": lambda v: isinstance(v, str) and not re.search("[\ud800-\udfff]", v),
+    "a list": lambda v: isinstance(v, list), "an object": lambda v: isinstance(v, dict),
+    "true or false": lambda v: isinstance(v, bool), "0 or 1": lambda v: type(v) is int and v in (0, 1),
+    "a finite number": lambda v: type(v) in (int, float) and abs(v) < 1e300,
+    "a number above 0": lambda v: type(v) in (int, float) and 0 < v < 1e300,
+    "a whole number": lambda v: type(v) is int and 0 <= v < 2 ** 31,
+    "a whole number from 1 to 512": lambda v: type(v) is int and 0 < v <= 512,
+    "a whole number from 1 to a million": lambda v: type(v) is int and 0 < v <= 10 ** 6,
+    "a list of texts": lambda v: isinstance(v, list) and all(map(KINDS["text"], v)),
+    "text or a list of texts": lambda v: KINDS["text"](v) or KINDS["a list of texts"](v),
+    "token ids": lambda v: all(map(KINDS["a whole number"], v if isinstance(v, list) else [v]))}
+
+
+def check_keys(values, kinds, path):
+    """The values; raises UserError for one that is not of its key's kind. null is of any. kinds: {kind: keys}."""
+    for kind, keys in kinds.items():
+        for key in keys.split():
+            if values.get(key) is not None and not KINDS[kind](values[key]):
+                raise UserError(f"{path}: {key} is {values[key]!r:.60}, expected {kind}")
+    return values
+
+
+def read_json(path, kinds={}, text=None):
+    """The object in a JSON file, or in a text from one, checked by `check_keys`. Raises UserError naming the file."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
+    except OSError as error:
+        raise UserError(f"{path}: {str(error.strerror).replace(' or directory', '').lower()}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, deeply nested
+        raise UserError(f"{path}: not JSON ({first_line(error)})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return check_keys(values, kinds, path)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BROKEN = (SafetensorError, UnpicklingError, BadZipFile, struct.error, RuntimeError, OSError, EOFError, AttributeError,
+          ValueError, TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
+
+
+def is_part(tensor):
+    """True if the tensor is sharded: a DTensor of which this process holds some rows."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor):
+    """The tensor in one piece. Of a sharded one, all processes call this together."""
+    return tensor.full_tensor().clone() if is_part(tensor) else tensor  # it is a view of padded rows
+
+
+def part_like(tensor, like):
+    """The tensor, sharded as `like` is, if that is."""
+    if not is_part(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # None: nothing is sent
+
+
+@contextmanager
+def atomic_file(path):
+    """Write a file atomically: yields a temporary path, which is renamed to `path` at the end."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")  # two runs may write the same file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "posix" or Path(path).is_file():
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def write_text(path, text):
+    """Write a text file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def recover_folder(folder):
+    """After a writer of `atomic_folder` was killed: put the folder back if it was between its two renames, and remove
+    what else it left. Returns the paths for the next one: of what is being written, and of what it replaces."""
+    temporary, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return temporary, old
+
+
+@contextmanager
+def atomic_folder(folder):
+    """Write a folder atomically: yields a temporary one, which is renamed to `folder` at the end."""
+    folder = Path(folder)
+    temporary, old = recover_folder(folder)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def whole_rows(path):
+    """The objects on the whole lines of a .jsonl file, which may be half written; none without a file."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
+
+
+def whole_lines(path):
+    """The number of whole lines of a file, which is made if need be; a line that a kill cut short is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    with open(path, "r+b") as file:
+        whole = [len(line) for line in file if line.endswith(b"\n")]
+        file.truncate(sum(whole))
+    return len(whole)
+
+
+# Hashes of files
+
+
+def content_hash(paths, *settings):
+    """Hash of the bytes of these files and of the settings: 32 hex digits."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def files_hash(path):
+    """Hash of the names, sizes and times of a file or of a folder's files (hashing gigabytes of weights is slow)."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest()
+
+
+# Command lines, of this program and of train.py: a flag is declared once, as a field of a dataclass
+
+
+def setting(default, help, heading="", choices=(), read=None, free=False, least=None, above=None, below=None,
+            most=None):
+    """A field that is a flag. heading: starts a group of --help; read: flag's text -> value; free: may change when a
+    run is resumed; the rest are bounds, of each number where there are several."""
+    return field(default=default, metadata=dict(help=help, heading=heading, choices=choices, read=read, free=free,
+                                                bounds=(least, above, below, most)))
+
+
+def numbers(text):
+    """"0.5,1" -> (0.5, 1.0)."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas, not {text!r}") from None
+
+
+def source_names(text):
+    """"a,b" -> ("a", "b"); a path with a comma in it is one. Such a flag may also be given several times."""
+    return (text,) if Path(text).exists() else tuple(text.split(","))
+
+
+def weighted_names(text):
+    """"help=2,harm" -> (("help", 2.0), ("harm", 1.0)); "help,harm" -> (("help", None), ("harm", None))."""
+    parts = [part.partition("=") for part in text.split(",") if part]
+    if len({name for name, _, _ in parts}) < len(parts):
+        raise argparse.ArgumentTypeError(f"a name stands there twice: {text}")
+    try:
+        shares = [float(share or 1) if "=" in text else None for _, _, share in parts]
+    except ValueError:
+        shares = [math.nan]
+    if not all(share is None or 0 < share < math.inf for share in shares):
+        raise argparse.ArgumentTypeError(f"a share must be a number more than 0: {text}")
+    return tuple((name, share) for (name, _, _), share in zip(parts, shares))
+
+
+def as_typed(value):
+    """A flag's value in the words of a command line: the inverse of the readers above."""
+    if not isinstance(value, tuple):
+        return str(value)
+    return ",".join(f"{part[0]}{'' if part[1] is None else f'={part[1]:g}'}" if isinstance(part, tuple) else str(part)
+                    for part in value)
+
+
+def check_values(settings, values):
+    """Raise UserError for a value that is not one of its field's choices, or out of its bounds."""
+    for flag in fields(settings):
+        value, (least, above, below, most) = values.get(flag.name), flag.metadata["bounds"]
+        if value is not None and flag.metadata["choices"] and value not in flag.metadata["choices"]:
+            raise UserError(f"--{flag.name} {value}: choose from {', '.join(filter(None, flag.metadata['choices']))}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in (one for one in numbers if isinstance(one, (int, float))):
+            wrong = ("not a finite number" if not abs(number) < 1e300 else
+                     f"must be at least {least}" if least is not None and number < least else
+                     f"must be more than {above}" if above is not None and number <= above else
+                     f"must be less than {below}" if below is not None and number >= below else
+                     f"must be at most {most}" if most is not None and number > most else "")
+            if wrong:
+                raise UserError(f"--{flag.name} {number}: {wrong}")
+
+
+def check_device(device):
+    """Raise UserError if torch has no such device here."""
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device}: {first_line(error)}") from None
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of a dataclass of flags: its result has the given ones only. values: what --help shows as defaults;
+    hidden: flags that --help leaves out."""
+
+    def __init__(self, settings, program, description, values, hidden=()):
+        super().__init__(prog=program, description=description, usage=f"{program} [flags]", allow_abbrev=False,
+                         add_help=False, argument_default=argparse.SUPPRESS)
+        for flag in fields(settings):
+            if flag.metadata["heading"]:
+                group = self.add_argument_group(flag.metadata["heading"])
+            choices, value = filter(None, flag.metadata["choices"]), values.get(flag.name)
+            help = ": ".join(filter(None, (flag.metadata["help"], ", ".join(choices))))
+            if not (value is None or value is False or value in ("", ())):
+                help += f" (default: {as_typed(value)})"
+            help = argparse.SUPPRESS if flag.name in hidden else help.replace("%", "%%")
+            if flag.type is bool:
+                group.add_argument(f"--{flag.name}", action="store_true", help=help)
+            else:
+                kind = flag.type.__name__ if flag.type in (int, float) else "text"
+                group.add_argument(f"--{flag.name}", type=flag.metadata["read"] or flag.type, metavar=kind, help=help,
+                                   action="extend" if flag.metadata["read"] is source_names else "store")
+        self.add_argument("--help", action="store_true", help="show this text and stop")
+        self.add_argument("-h", dest="help", action="store_true", help=argparse.SUPPRESS)
+
+    def error(self, message):
+        """One line instead of argparse's page of usage, with the nearest flag where one was mistyped."""
+        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
+        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else []
+        raise UserError(message + (f"; did you mean {near[0]}?" if near else ""))
+
+
+@contextmanager
+def stop_signals():
+    """Yield a list that is no longer empty once Ctrl-C or SIGTERM came; a second one ends the program at once."""
+    came, before = [], {}
+
+    def note(number, frame):
+        if came:
+            raise KeyboardInterrupt(number)
+        came.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def as_command(main, name, interrupted):
+    """Run a program's main; one line ends it after a user's mistake (exit status 1), Ctrl-C (130) or SIGTERM (0). Does
+    not return where there are several processes."""
+    def stop(number, frame):
+        raise KeyboardInterrupt(number)
+    signal.signal(signal.SIGTERM, stop)
+    name += f" (rank {rank})" if (rank := os.environ.get("RANK", "0")) != "0" else ""
+    try:
+        main()
+    except (UserError, SafetensorError, OSError) as error:  # a full disk, a folder that may not be written, a long name
+        sys.exit(f"{name}: {UserError(str(error))}")
+    except KeyboardInterrupt as stopped:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        sys.exit(0 if stopped.args == (signal.SIGTERM,) else 130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+            if sys.exc_info()[0] is None:  # torch may still keep the group's threads in a cache, and now and then they
+                sys.stdout.flush()         # abort the interpreter at its end: end without it
+                sys.stderr.flush()
+                os._exit(0)
