@@ -37,10 +37,10 @@ from data import (TEMPLATES, TEMPLATE_NAMES, Tokenizer, check_source, get_prompt
 from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
                       is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights, set_routers,
                       use_expert, weights_hash)
-from losses import (Encoded, Processes, annotator_type, batches, encode, expert_margins, gate_report, load_pyplot,
-                    longest, markdown_table, measured, mixture_diagnostics, plot, router_table, score, terminal_table,
-                    win_rate)
+from losses import (Encoded, annotator_type, batches, encode, expert_margins, gate_report, load_pyplot, longest,
+                    markdown_table, measured, mixture_diagnostics, plot, router_table, score, terminal_table, win_rate)
 from model import Transformer, find_folder, read_config, stream
+from runs import Processes
 
 
 # Prompts and answers

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,14 +26,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from filelock import Timeout
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import (BROKEN, UserError, atomic_file, atomic_folder, check_keys, first_line, is_part, part_like,
-                    read_json, recover_folder, whole, whole_rows, write_text)
-from losses import ALONE, batches, encode, gate_report, longest, response_logps, sequence_logps
+from common import UserError, atomic_file, atomic_folder, check_keys, first_line, part_like, read_json, whole
+from losses import batches, encode, gate_report, longest, response_logps, sequence_logps
 from model import ScoreModel, Transformer, read_tensors, stored_name
+from runs import ALONE, WEIGHT_FOLDERS
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
@@ -741,87 +739,6 @@ def export_experts(model, folder, template=None):
         (temporary / "gate.json").write_text(json.dumps(gate, indent=2) + "\n", encoding="utf-8")
 
 
-# A run folder: config.json, metrics.jsonl, checkpoint/, and what was trained. A run that finds a finished one, or a
-# checkpoint, works in .new/ and takes its place when it is finished itself.
-
-WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
-RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt",
-             "answers*.jsonl", "checkpoint", *WEIGHT_FOLDERS)
-
-
-def read_settings(out):
-    """The config.json of a run folder, {} without one; it says "finished" only while the weights are there."""
-    settings = read_json(out / "config.json") if (out / "config.json").is_file() else {}
-    return {**settings, "finished": settings.get("finished", False) and any((out / n).is_dir() for n in WEIGHT_FOLDERS)}
-
-
-def open_run(out, settings, free, resume, lock):
-    """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished and resumed.
-
-    settings: for config.json; free: names of those that may change when a run is resumed; lock: a FileLock, which the
-    system frees when this process ends, however it does. Raises UserError when another run writes there, the folder
-    cannot be written, or a run is resumed with other settings.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {out}: another run is writing there; wait for it, or name another folder") from None
-    finish_move(out)
-    for leftover in (*out.glob("*.[0-9]*.partial"), *out.glob(".new/*.[0-9]*.partial")):
-        leftover.unlink()  # of `atomic_file`, by a process that was killed
-    for name in ("checkpoint", *WEIGHT_FOLDERS):
-        recover_folder(out / name)
-        recover_folder(out / ".new" / name)
-    others = {path for path in out.glob("[!.]*") if path.is_file()} - {*run_files(out)}
-    if others and not (out / "config.json").is_file():
-        raise UserError(f"--out {out}: has files of something else, such as {min(others).name}; name another folder")
-    for folder in (out / ".new", out) if resume else ():
-        before = read_settings(folder)
-        if before.get("finished") or (folder / "checkpoint").is_dir():
-            others = [name for name in sorted(settings.keys() - free) if before.get(name) != settings[name]]
-            if others:
-                changed = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" if name != "inputs" else
-                                    "other contents of its input files" for name in others)
-                raise UserError(f"--resume: the run in {folder} has {changed}; give the same settings, or leave out "
-                                "--resume to begin a new run")
-            return None if before.get("finished") else folder
-    work = out / ".new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
-    work.mkdir(exist_ok=True)
-    for path in run_files(work):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_text(work / "config.json", json.dumps(settings, indent=2) + "\n")
-    return work
-
-
-def run_files(folder):
-    return [path for pattern in RUN_FILES for path in folder.glob(pattern)]
-
-
-def close_run(out, work):
-    """Mark a run as finished, and move it from out/.new to its place."""
-    write_text(work / "config.json", json.dumps({**read_settings(work), "finished": True}, indent=2) + "\n")
-    shutil.rmtree(work / "checkpoint", ignore_errors=True)
-    if work != out:
-        work.rename(out / ".done")
-        finish_move(out)
-
-
-def finish_move(out):
-    """Put out/.done in the place of the earlier run; goes on wherever a kill interrupted it."""
-    done, partial, old = out / ".done", out / ".old.partial", out / ".old"
-    if done.is_dir() and not old.is_dir():
-        partial.mkdir(exist_ok=True)
-        for path in run_files(out):
-            path.rename(partial / path.name)
-        partial.rename(old)  # from here on, what lies in out is the new run's
-    for path in done.glob("*"):
-        path.rename(out / path.name)
-    if done.is_dir():
-        done.rmdir()
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def save_trained(model, out, template=None, chat_template=None, write=True):
     """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts.
 
@@ -845,57 +762,3 @@ def load_trained(run, base, dtype=torch.float32, device="cpu"):
     if kind == "model":
         return model
     return (load_adapter if kind == "adapter" else load_experts)(model, run / kind)
-
-
-def open_metrics(path, first):
-    """(metrics.jsonl, opened to append; its rows), without the rows of steps that a resumed run repeats."""
-    rows = [row for row in whole_rows(path) if row["step"] <= first]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return open(path, "a", encoding="utf-8"), rows
-
-
-def gathered(values, keep):
-    """A nested dictionary with its sharded tensors gathered on the CPU, or with None in their place if not `keep`."""
-    if isinstance(values, dict):
-        return {name: gathered(value, keep) for name, value in values.items()}
-    full = whole(values)
-    return values if full is values else full.cpu() if keep else None
-
-
-def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
-    """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl. With sharded weights
-    all processes call it, and one has to write."""
-    state = gathered({"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(),
-                      "sums": list(sums)}, write)
-    if not write:
-        return
-    with atomic_folder(out / "checkpoint") as temporary:
-        try:
-            torch.save(state, temporary / "state.pt")
-        except RuntimeError as error:  # of torch's zip writer
-            raise UserError(f"{out / 'checkpoint'}: cannot be written ({first_line(error)}); the one before is "
-                            "intact") from None
-
-
-@torch.no_grad()
-def load_checkpoint(out, parameters, optimizer):
-    """Restore what `save_checkpoint` wrote, if anything: (steps done, sums). UserError if it does not fit."""
-    path = out / "checkpoint" / "state.pt"
-    if not path.is_file():
-        return 0, []
-    try:
-        shared = any(is_part(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=shared)
-        stored, done = state["parameters"], (state["step"], state["sums"])
-        for name, parameter in parameters:
-            if name not in stored or stored[name].shape != parameter.shape:
-                raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
-            parameter.copy_(part_like(stored[name], parameter))
-        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, moments in state["optimizer"]["state"].items():
-            for name in moments.keys() - {"step"}:
-                moments[name] = part_like(moments[name], members[number])
-        optimizer.load_state_dict(state["optimizer"])
-    except BROKEN as error:
-        raise UserError(f"--resume: {path} is broken, start without --resume ({first_line(error)})") from None
-    return done

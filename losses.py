@@ -13,30 +13,28 @@ D width, V vocabulary.
 import itertools
 import json
 import math
-import os
 import re
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial, wraps
 from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as distributed
 import torch.nn.functional as F
 from jinja2 import TemplateError, nodes, pass_context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import DTYPES, UserError, first_line, read_json, whole_rows
+from common import DTYPES, UserError, read_json, whole_rows
 from model import dense_mask
+from runs import ALONE
 
 
 # Losses
@@ -181,92 +179,6 @@ def sft_loss(logps, lengths):
     """Cross-entropy per response token: −Σ log π(y|x) / Σ |y|. logps, lengths: (N,). Returns (loss, metrics)."""
     loss = -logps.sum() / lengths.sum().clamp(min=1)
     return loss, {"perplexity": loss.detach().exp(), "logps/chosen": logps.detach().mean()}
-
-
-# Several processes: torchrun starts them, each has a copy of the model and does its part of every step
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The rank of this process among `count` of them. All of them call a method, in the same order; it raises UserError
-    in those that are left when one has died."""
-    rank: int = 0
-    count: int = 1
-
-    @classmethod
-    def join(cls):
-        """The processes that torchrun started, each with its own GPU; without it, this one alone."""
-        rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        if count > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                                           timeout=timedelta(days=1))  # one may evaluate while the others wait
-            if rank:
-                sys.stdout = open(os.devnull, "w")  # only the first one prints
-        return cls(rank, count)
-
-    def mesh(self, device):
-        """The processes, for `model.shard`; None where there is one."""
-        if self.count > 1:
-            return distributed.device_mesh.init_device_mesh(torch.device(device).type, (self.count,))
-
-    def share(self, parts):
-        """Yield (part, 1) of this process's share of a list. All processes get equally many, as with sharded weights a
-        forward pass needs them all: (part, 0) repeats the part of another one, and must not count."""
-        for i in range(self.rank, len(parts) + -len(parts) % self.count, self.count):
-            yield parts[i % len(parts)], int(i < len(parts))
-
-    def once(self, function):
-        """function(), called in the first process alone; its result, in all."""
-        result = [function() if self.rank == 0 else None]
-        if self.count > 1:
-            with one_line_if_lost():
-                distributed.broadcast_object_list(result, device=torch.device("cpu"))
-        return result[0]
-
-    def add(self, tensors):
-        """Sum every tensor over the processes, in place, a few at a time."""
-        tensors = list(tensors) if self.count > 1 else []
-        ends = np.cumsum([tensor.numel() for tensor in tensors]) // BUCKET
-        for bucket in np.unique(ends):
-            members = [tensor for tensor, end in zip(tensors, ends) if end == bucket]
-            flat = torch.cat([tensor.flatten() for tensor in members])
-            with one_line_if_lost():
-                distributed.all_reduce(flat)
-            for tensor, part in zip(members, flat.split([tensor.numel() for tensor in members])):
-                tensor.copy_(part.view_as(tensor))
-
-    def gather(self, sums):
-        """[{name: number} of each process]."""
-        parts = [{name: float(value) for name, value in sums.items()}] * self.count
-        if self.count > 1:
-            with one_line_if_lost():
-                distributed.all_gather_object(parts, parts[0])
-        return parts
-
-    def total(self, sums):
-        """{name: its sum over the processes}; a name may be absent in some."""
-        return add_up(self.gather(sums))
-
-
-ALONE = Processes()
-BUCKET = 1 << 24  # numbers that are sent at a time
-
-
-def add_up(parts):
-    """{name: sum of what the dictionaries have under it}."""
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(itertools.chain(*parts))}
-
-
-@contextmanager
-def one_line_if_lost():
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
-            raise
-        raise UserError(f"another process of this run has ended ({first_line(error)[:80]})") from None
 
 
 # Token ids, and packed batches of them
@@ -717,35 +629,6 @@ def mixture_diagnostics(margins, log_gate, group, types):
         report["recovered"] = max(sum(owners[pair] for pair in zip(names, experts))
                                   for experts in itertools.permutations(range(K), len(names))) / count
     return report, warnings
-
-
-LONG = 10  # rows of metrics.jsonl
-
-
-def alarms(rows):
-    """{name: warning}, with what to try, of a training run that goes wrong, by the rows of metrics.jsonl so far."""
-    def last(key):
-        values = [row[key] for row in rows[-LONG:] if key in row]
-        return values if len(values) == LONG else [math.nan]
-
-    found = {}
-    chosen, rejected, accuracy = map(last, ("rewards/chosen", "rewards/rejected", "rewards/accuracies"))
-    if all(max(values) < -1 and values[-1] < values[0] for values in (chosen, rejected)):
-        found["falling"] = (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower "
-                            "--lr, a higher --beta, fewer --epochs, or --method sft on them first")
-    if len(rows) >= 2 * LONG and abs(sum(accuracy) / LONG - 0.5) < 0.05:
-        found["stuck"] = ("the accuracy stays at 0.5: try a higher --lr; see in tokens.txt what the model reads, and "
-                          "whether the labels contradict each other")
-    for key in ("router/safety", "router/helpfulness"):
-        if max(last(key)) < 0.02:
-            found[key] = f"MidPO's routers have switched off {key[7:]} everywhere: try a lower --router_l1 or --lr"
-    if min(last("router/empty")) > 0.95:
-        found["empty"] = "PMoL's routers send everything to the empty expert: try a higher --egs_weight or a lower --lr"
-    for key in rows[-1]:
-        if key.startswith("responsibility/") and min(last(key)) > 0.98 and "responsibility/1" in rows[-1]:
-            found["mixture"] = (f"expert {key[15:]} takes all of the mixture: try --expert_noise 0.1, a higher "
-                                "--q_temperature, or a gate that knows more")
-    return found
 
 
 @torch.no_grad()

@@ -26,14 +26,15 @@ from common import (DTYPES, Parser, UserError, as_command, atomic_folder, check_
 from data import (SOURCES, TEMPLATES, TEMPLATE_NAMES, VIEWS, Tokenizer, add_margins, apply_view, carry_scores,
                   check_source, flip_labels, load_sources, require)
 from eval import evaluate_run, gate_weights, load_start, mixture_report
-from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, close_run, count_experts,
-                      disable_experts, expert_layers, freeze_experts, is_mixture, is_router, load_adapter,
-                      load_checkpoint, load_trained, mixture_logps, open_metrics, open_run, perturb_experts,
-                      pooled_states, read_adapter_config, read_settings, router_weights, save_checkpoint, save_trained,
+from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, count_experts,
+                      disable_experts, expert_layers, freeze_experts, is_mixture, is_router, load_adapter, load_trained,
+                      mixture_logps, perturb_experts, pooled_states, read_adapter_config, router_weights, save_trained,
                       set_routers, trainable_parameters, use_expert)
-from losses import (ALONE, Processes, add_up, alarms, annotator_type, batches, encode_pairs, epoch_order,
-                    one_line_if_lost, pack, policy_logps, precision, show_pair, split_step)
+from losses import (annotator_type, batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair,
+                    split_step)
 from model import ScoreModel, Transformer, compile_once, find_folder, read_config, shard
+from runs import (ALONE, Processes, RunLog, add_up, close_run, load_checkpoint, one_line_if_lost, open_run,
+                  read_settings, save_checkpoint)
 
 
 # A method: what it consists of, and the forward pass and builder of most of them
@@ -813,8 +814,6 @@ def means(totals):
 
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most the last ten minutes
-SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins", "tok/s": "tokens/s"}  # in the bar
-SKIPPED_IN_A_ROW = 10     # then the run ends
 
 
 def steps_of(count, per_step, config):
@@ -876,62 +875,6 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
             if wanted["stop"]:
                 raise KeyboardInterrupt(*came)
     model.eval()
-
-
-class RunLog:
-    """metrics.jsonl, of the first process, with what is said about it: in the bar, to Weights & Biases, and once for
-    each of `alarms`. done: the steps of a run that goes on."""
-
-    def __init__(self, out, done, config, processes):
-        self.first, self.warned, self.skipped, self.wandb = processes.rank == 0, set(), 0, None
-        if self.first:
-            self.file, self.rows = open_metrics(out / "metrics.jsonl", done)
-            self.wandb = start_wandb(config)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.first:
-            self.file.close()
-
-    def write(self, row, steps, bar):
-        """Add a row. steps: [(pairs, whether loss and gradient were finite)] since the one before."""
-        for pairs, finite in steps:
-            self.skipped = 0 if finite else self.skipped + 1
-            if not finite:
-                bar.write(f"step skipped, its loss or gradient is not finite: pairs {', '.join(map(str, pairs))}")
-            if self.skipped == SKIPPED_IN_A_ROW:
-                raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, up to about step "
-                                f"{row['step']}: try a lower --lr, or look at these pairs; a checkpoint has the "
-                                "weights before them")
-        if not self.first:
-            return
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log(row)
-        if measured := ", ".join(f"{key} {row[key]:.4g}" for key in row if key.startswith("eval/")):
-            bar.write(f"step {row['step']}: {measured}")
-        for name, warning in alarms(self.rows).items():
-            if name not in self.warned:
-                bar.write(f"warning, step {row['step']}: {warning}")
-            self.warned.add(name)
-        shown = {short: f"{row[name]:.4g}" for short, name in SHOWN.items() if name in row}
-        skipped = sum(row.get("skipped", 0) for row in self.rows)
-        bar.set_postfix(shown | ({"skipped": skipped} if skipped else {}))
-
-
-def start_wandb(config):
-    """A Weights & Biases run, or None without --wandb."""
-    if not config.wandb:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the wandb package: pip install wandb") from None
-    return wandb.init(project=config.wandb, config=asdict(config))
 
 
 # A run

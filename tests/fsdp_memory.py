@@ -14,7 +14,7 @@ import toy  # noqa: E402
 import train  # noqa: E402
 from conftest import encoded_of  # noqa: E402
 from lora_moe import add_experts  # noqa: E402
-from losses import Processes  # noqa: E402
+from runs import Processes  # noqa: E402
 from common import DTYPES  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 

@@ -18,7 +18,7 @@ import toy
 import train
 from conftest import interrupt_at, make_quick, make_small, mistake, run, timeless
 from common import as_command
-from losses import Processes
+from runs import Processes
 from model import ModelConfig, Transformer
 from test_processes import torchrun
 

@@ -34,8 +34,8 @@ import losses
 import train
 from conftest import FIXTURES, LAYOUTS, byte_tokenizer, edit_json, leftovers, line_of, load_fixture, moved_experts
 from data import Tokenizer
-from lora_moe import (adapter_warnings, add_gate, choose_experts, load_adapter, load_checkpoint, load_experts,
-                      save_checkpoint, save_experts, use_expert)
+from lora_moe import adapter_warnings, add_gate, choose_experts, load_adapter, load_experts, save_experts, use_expert
+from runs import load_checkpoint, save_checkpoint
 from common import UserError
 from model import ScoreModel, Transformer, generate
 

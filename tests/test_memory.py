@@ -13,7 +13,7 @@ import lora_moe
 import train
 from conftest import (SHAPES, encoded_of, files_of, interrupt_at, load_run, packed_logps, relative_error, rows, run,
                       timeless, tiny)
-from losses import ALONE
+from runs import ALONE
 
 FLAGS = ("--method", "safedpo", "--low_memory", "--log_every", 1, "--lr", 1e-3)
 LARGEST = 2.0 ** 127 * (2 - 2 ** -7)  # of bfloat16

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error, timeless
 from common import as_command
-from losses import Processes
+from runs import Processes
 from test_memory import check_that_a_step_in_two_processes_is_that_of_one
 from test_steps import METHODS, check_equal, inputs_of, step_of
 

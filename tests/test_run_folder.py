@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import runs
 import losses
 import eval as eval_file
 import lora_moe
@@ -131,11 +132,11 @@ def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
             patch.setattr(Path, "rmdir", lambda self, remove=Path.rmdir:
                           killing(self, None, lambda path, _: remove(path)))
             try:
-                lora_moe.close_run(Path("out/run"), Path("out/run/.new"))
+                runs.close_run(Path("out/run"), Path("out/run/.new"))
                 whole = True
             except Killed:
                 whole = False
-        lora_moe.finish_move(Path("out/run"))
+        runs.finish_move(Path("out/run"))
         shutil.rmtree("out/run/.new", ignore_errors=True)  # not yet moved: the old run is still there
         assert files_of(Path("out/run")) in (old, new)
         outcomes.add(files_of(Path("out/run")) == new)

@@ -14,7 +14,8 @@ import losses
 import train
 from conftest import encoded_of, perturb_experts
 from data import Tokenizer
-from losses import ALONE, pack, split_step
+from losses import pack, split_step
+from runs import ALONE
 from common import whole
 
 METHODS = {

@@ -1,0 +1,328 @@
+"""A run's folder: lock, settings, log, alarms and checkpoints; and the processes that share a run."""
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as distributed
+from filelock import Timeout
+
+from common import (BROKEN, UserError, atomic_folder, first_line, is_part, part_like, read_json, recover_folder, whole,
+                    whole_rows, write_text)
+
+
+# Several processes: torchrun starts them, each has a copy of the model and does its part of every step
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The rank of this process among `count` of them. All of them call a method, in the same order; it raises UserError
+    in those that are left when one has died."""
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls):
+        """The processes that torchrun started, each with its own GPU; without it, this one alone."""
+        rank, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if count > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                                           timeout=timedelta(days=1))  # one may evaluate while the others wait
+            if rank:
+                sys.stdout = open(os.devnull, "w")  # only the first one prints
+        return cls(rank, count)
+
+    def mesh(self, device):
+        """The processes, for `model.shard`; None where there is one."""
+        if self.count > 1:
+            return distributed.device_mesh.init_device_mesh(torch.device(device).type, (self.count,))
+
+    def share(self, parts):
+        """Yield (part, 1) of this process's share of a list. All processes get equally many, as with sharded weights a
+        forward pass needs them all: (part, 0) repeats the part of another one, and must not count."""
+        for i in range(self.rank, len(parts) + -len(parts) % self.count, self.count):
+            yield parts[i % len(parts)], int(i < len(parts))
+
+    def once(self, function):
+        """function(), called in the first process alone; its result, in all."""
+        result = [function() if self.rank == 0 else None]
+        if self.count > 1:
+            with one_line_if_lost():
+                distributed.broadcast_object_list(result, device=torch.device("cpu"))
+        return result[0]
+
+    def add(self, tensors):
+        """Sum every tensor over the processes, in place, a few at a time."""
+        tensors = list(tensors) if self.count > 1 else []
+        ends = np.cumsum([tensor.numel() for tensor in tensors]) // BUCKET
+        for bucket in np.unique(ends):
+            members = [tensor for tensor, end in zip(tensors, ends) if end == bucket]
+            flat = torch.cat([tensor.flatten() for tensor in members])
+            with one_line_if_lost():
+                distributed.all_reduce(flat)
+            for tensor, part in zip(members, flat.split([tensor.numel() for tensor in members])):
+                tensor.copy_(part.view_as(tensor))
+
+    def gather(self, sums):
+        """[{name: number} of each process]."""
+        parts = [{name: float(value) for name, value in sums.items()}] * self.count
+        if self.count > 1:
+            with one_line_if_lost():
+                distributed.all_gather_object(parts, parts[0])
+        return parts
+
+    def total(self, sums):
+        """{name: its sum over the processes}; a name may be absent in some."""
+        return add_up(self.gather(sums))
+
+
+ALONE = Processes()
+BUCKET = 1 << 24  # numbers that are sent at a time
+
+
+def add_up(parts):
+    """{name: sum of what the dictionaries have under it}."""
+    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(itertools.chain(*parts))}
+
+
+@contextmanager
+def one_line_if_lost():
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(f"another process of this run has ended ({first_line(error)[:80]})") from None
+
+
+# A run folder: config.json, metrics.jsonl, checkpoint/, and what was trained. A run that finds a finished one, or a
+# checkpoint, works in .new/ and takes its place when it is finished itself.
+
+WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
+RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt",
+             "answers*.jsonl", "checkpoint", *WEIGHT_FOLDERS)
+
+
+def read_settings(out):
+    """The config.json of a run folder, {} without one; it says "finished" only while the weights are there."""
+    settings = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    return {**settings, "finished": settings.get("finished", False) and any((out / n).is_dir() for n in WEIGHT_FOLDERS)}
+
+
+def open_run(out, settings, free, resume, lock):
+    """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished and resumed.
+
+    settings: for config.json; free: names of those that may change when a run is resumed; lock: a FileLock, which the
+    system frees when this process ends, however it does. Raises UserError when another run writes there, the folder
+    cannot be written, or a run is resumed with other settings.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another run is writing there; wait for it, or name another folder") from None
+    finish_move(out)
+    for leftover in (*out.glob("*.[0-9]*.partial"), *out.glob(".new/*.[0-9]*.partial")):
+        leftover.unlink()  # of `atomic_file`, by a process that was killed
+    for name in ("checkpoint", *WEIGHT_FOLDERS):
+        recover_folder(out / name)
+        recover_folder(out / ".new" / name)
+    others = {path for path in out.glob("[!.]*") if path.is_file()} - {*run_files(out)}
+    if others and not (out / "config.json").is_file():
+        raise UserError(f"--out {out}: has files of something else, such as {min(others).name}; name another folder")
+    for folder in (out / ".new", out) if resume else ():
+        before = read_settings(folder)
+        if before.get("finished") or (folder / "checkpoint").is_dir():
+            others = [name for name in sorted(settings.keys() - free) if before.get(name) != settings[name]]
+            if others:
+                changed = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" if name != "inputs" else
+                                    "other contents of its input files" for name in others)
+                raise UserError(f"--resume: the run in {folder} has {changed}; give the same settings, or leave out "
+                                "--resume to begin a new run")
+            return None if before.get("finished") else folder
+    work = out / ".new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
+    work.mkdir(exist_ok=True)
+    for path in run_files(work):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_text(work / "config.json", json.dumps(settings, indent=2) + "\n")
+    return work
+
+
+def run_files(folder):
+    return [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+
+
+def close_run(out, work):
+    """Mark a run as finished, and move it from out/.new to its place."""
+    write_text(work / "config.json", json.dumps({**read_settings(work), "finished": True}, indent=2) + "\n")
+    shutil.rmtree(work / "checkpoint", ignore_errors=True)
+    if work != out:
+        work.rename(out / ".done")
+        finish_move(out)
+
+
+def finish_move(out):
+    """Put out/.done in the place of the earlier run; goes on wherever a kill interrupted it."""
+    done, partial, old = out / ".done", out / ".old.partial", out / ".old"
+    if done.is_dir() and not old.is_dir():
+        partial.mkdir(exist_ok=True)
+        for path in run_files(out):
+            path.rename(partial / path.name)
+        partial.rename(old)  # from here on, what lies in out is the new run's
+    for path in done.glob("*"):
+        path.rename(out / path.name)
+    if done.is_dir():
+        done.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def open_metrics(path, first):
+    """(metrics.jsonl, opened to append; its rows), without the rows of steps that a resumed run repeats."""
+    rows = [row for row in whole_rows(path) if row["step"] <= first]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return open(path, "a", encoding="utf-8"), rows
+
+
+def gathered(values, keep):
+    """A nested dictionary with its sharded tensors gathered on the CPU, or with None in their place if not `keep`."""
+    if isinstance(values, dict):
+        return {name: gathered(value, keep) for name, value in values.items()}
+    full = whole(values)
+    return values if full is values else full.cpu() if keep else None
+
+
+def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
+    """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl. With sharded weights
+    all processes call it, and one has to write."""
+    state = gathered({"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(),
+                      "sums": list(sums)}, write)
+    if not write:
+        return
+    with atomic_folder(out / "checkpoint") as temporary:
+        try:
+            torch.save(state, temporary / "state.pt")
+        except RuntimeError as error:  # of torch's zip writer
+            raise UserError(f"{out / 'checkpoint'}: cannot be written ({first_line(error)}); the one before is "
+                            "intact") from None
+
+
+@torch.no_grad()
+def load_checkpoint(out, parameters, optimizer):
+    """Restore what `save_checkpoint` wrote, if anything: (steps done, sums). UserError if it does not fit."""
+    path = out / "checkpoint" / "state.pt"
+    if not path.is_file():
+        return 0, []
+    try:
+        shared = any(is_part(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=shared)
+        stored, done = state["parameters"], (state["step"], state["sums"])
+        for name, parameter in parameters:
+            if name not in stored or stored[name].shape != parameter.shape:
+                raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
+            parameter.copy_(part_like(stored[name], parameter))
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for number, moments in state["optimizer"]["state"].items():
+            for name in moments.keys() - {"step"}:
+                moments[name] = part_like(moments[name], members[number])
+        optimizer.load_state_dict(state["optimizer"])
+    except BROKEN as error:
+        raise UserError(f"--resume: {path} is broken, start without --resume ({first_line(error)})") from None
+    return done
+
+
+LONG = 10  # rows of metrics.jsonl
+
+
+def alarms(rows):
+    """{name: warning}, with what to try, of a training run that goes wrong, by the rows of metrics.jsonl so far."""
+    def last(key):
+        values = [row[key] for row in rows[-LONG:] if key in row]
+        return values if len(values) == LONG else [math.nan]
+
+    found = {}
+    chosen, rejected, accuracy = map(last, ("rewards/chosen", "rewards/rejected", "rewards/accuracies"))
+    if all(max(values) < -1 and values[-1] < values[0] for values in (chosen, rejected)):
+        found["falling"] = (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower "
+                            "--lr, a higher --beta, fewer --epochs, or --method sft on them first")
+    if len(rows) >= 2 * LONG and abs(sum(accuracy) / LONG - 0.5) < 0.05:
+        found["stuck"] = ("the accuracy stays at 0.5: try a higher --lr; see in tokens.txt what the model reads, and "
+                          "whether the labels contradict each other")
+    for key in ("router/safety", "router/helpfulness"):
+        if max(last(key)) < 0.02:
+            found[key] = f"MidPO's routers have switched off {key[7:]} everywhere: try a lower --router_l1 or --lr"
+    if min(last("router/empty")) > 0.95:
+        found["empty"] = "PMoL's routers send everything to the empty expert: try a higher --egs_weight or a lower --lr"
+    for key in rows[-1]:
+        if key.startswith("responsibility/") and min(last(key)) > 0.98 and "responsibility/1" in rows[-1]:
+            found["mixture"] = (f"expert {key[15:]} takes all of the mixture: try --expert_noise 0.1, a higher "
+                                "--q_temperature, or a gate that knows more")
+    return found
+
+
+SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins", "tok/s": "tokens/s"}  # in the bar
+SKIPPED_IN_A_ROW = 10     # then the run ends
+
+
+class RunLog:
+    """metrics.jsonl, of the first process, with what is said about it: in the bar, to Weights & Biases, and once for
+    each of `alarms`. done: the steps of a run that goes on."""
+
+    def __init__(self, out, done, config, processes):
+        self.first, self.warned, self.skipped, self.wandb = processes.rank == 0, set(), 0, None
+        if self.first:
+            self.file, self.rows = open_metrics(out / "metrics.jsonl", done)
+            self.wandb = start_wandb(config)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.first:
+            self.file.close()
+
+    def write(self, row, steps, bar):
+        """Add a row. steps: [(pairs, whether loss and gradient were finite)] since the one before."""
+        for pairs, finite in steps:
+            self.skipped = 0 if finite else self.skipped + 1
+            if not finite:
+                bar.write(f"step skipped, its loss or gradient is not finite: pairs {', '.join(map(str, pairs))}")
+            if self.skipped == SKIPPED_IN_A_ROW:
+                raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, up to about step "
+                                f"{row['step']}: try a lower --lr, or look at these pairs; a checkpoint has the "
+                                "weights before them")
+        if not self.first:
+            return
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(row)
+        if measured := ", ".join(f"{key} {row[key]:.4g}" for key in row if key.startswith("eval/")):
+            bar.write(f"step {row['step']}: {measured}")
+        for name, warning in alarms(self.rows).items():
+            if name not in self.warned:
+                bar.write(f"warning, step {row['step']}: {warning}")
+            self.warned.add(name)
+        shown = {short: f"{row[name]:.4g}" for short, name in SHOWN.items() if name in row}
+        skipped = sum(row.get("skipped", 0) for row in self.rows)
+        bar.set_postfix(shown | ({"skipped": skipped} if skipped else {}))
+
+
+def start_wandb(config):
+    """A Weights & Biases run, or None without --wandb."""
+    if not config.wandb:
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the wandb package: pip install wandb") from None
+    return wandb.init(project=config.wandb, config=asdict(config))
