@@ -27,9 +27,10 @@ from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from jinja2 import TemplateError
 from tqdm import tqdm
 
+from batch import score
 from common import (DTYPES, KINDS, UserError, check_keys, content_hash, files_hash, first_line, read_json, whole_lines,
                     write_text)
-from losses import BUDGET, Sandbox, score
+from losses import BUDGET, Sandbox
 from model import FAMILIES, ScoreModel, Transformer, find_folder, generate, read_config
 
 

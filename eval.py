@@ -30,6 +30,7 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 import toy
+from batch import Encoded, batches, encode, longest, score
 from common import (DTYPES, Parser, UserError, as_command, check_device, check_values, content_hash, files_hash,
                     first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
 from data import (TEMPLATES, TEMPLATE_NAMES, Tokenizer, check_source, get_prompt, load_score_model, load_scorer,
@@ -37,8 +38,8 @@ from data import (TEMPLATES, TEMPLATE_NAMES, Tokenizer, check_source, get_prompt
 from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
                       is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights, set_routers,
                       use_expert, weights_hash)
-from losses import (Encoded, annotator_type, batches, encode, expert_margins, gate_report, load_pyplot, longest,
-                    markdown_table, measured, mixture_diagnostics, plot, router_table, score, terminal_table, win_rate)
+from losses import (annotator_type, expert_margins, gate_report, load_pyplot, markdown_table, measured,
+                    mixture_diagnostics, plot, router_table, terminal_table, win_rate)
 from model import Transformer, find_folder, read_config, stream
 from runs import Processes
 

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from batch import batches, encode, longest, response_logps, sequence_logps
 from common import UserError, atomic_file, atomic_folder, check_keys, first_line, part_like, read_json, whole
-from losses import batches, encode, gate_report, longest, response_logps, sequence_logps
+from losses import gate_report
 from model import ScoreModel, Transformer, read_tensors, stored_name
 from runs import ALONE, WEIGHT_FOLDERS
 

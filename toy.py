@@ -20,9 +20,10 @@ from pathlib import Path
 import tokenizers
 import torch
 
+from batch import encode
 from common import content_hash, write_text
 from data import Comparison, Tokenizer
-from losses import encode, mean_and_error, measured, router_table, terminal_table
+from losses import mean_and_error, measured, router_table, terminal_table
 from model import ModelConfig, Transformer
 
 PLAIN = """bake: bread, a cake, a pie, some cookies | paint: a wall, a fence, a door, a chair | plant: a tree, some roses,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import losses
 import toy
+from batch import batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair, split_step
 from common import (DTYPES, Parser, UserError, as_command, atomic_folder, check_device, check_values, content_hash,
                     files_hash, is_part, numbers, setting, source_names, stop_signals, weighted_names, whole, write_text)
 from data import (SOURCES, TEMPLATES, TEMPLATE_NAMES, VIEWS, Tokenizer, add_margins, apply_view, carry_scores,
@@ -30,8 +31,7 @@ from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, 
                       disable_experts, expert_layers, freeze_experts, is_mixture, is_router, load_adapter, load_trained,
                       mixture_logps, perturb_experts, pooled_states, read_adapter_config, router_weights, save_trained,
                       set_routers, trainable_parameters, use_expert)
-from losses import (annotator_type, batches, encode_pairs, epoch_order, pack, policy_logps, precision, show_pair,
-                    split_step)
+from losses import annotator_type
 from model import ScoreModel, Transformer, compile_once, find_folder, read_config, shard
 from runs import (ALONE, Processes, RunLog, add_up, close_run, load_checkpoint, one_line_if_lost, open_run,
                   read_settings, save_checkpoint)

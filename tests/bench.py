@@ -31,11 +31,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_train  # noqa: E402
+import batch as batch_file  # noqa: E402
 import common  # noqa: E402
 import losses  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
-from losses import Encoded, pack  # noqa: E402
+from batch import Encoded, pack  # noqa: E402
 from eval import refuses  # noqa: E402
 from lora_moe import add_experts, router_weights, trainable_parameters  # noqa: E402
 from model import ModelConfig, Transformer, generate, stream  # noqa: E402
@@ -126,7 +127,7 @@ def bench_experts(rounds, rank=8, pairs=8, prompt=64, response=64):
         target = losses.group_targets(2, experts, [0.5])
 
         def step():
-            logps = losses.sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
+            logps = batch_file.sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
             weights = router_weights(model, batch.pair.flatten() >= 0)
             loss = losses.dpo_loss(*logps.T, *torch.zeros(2, pairs), 0.1)[0]
             group = torch.zeros(weights.shape[1], dtype=torch.long)

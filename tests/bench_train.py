@@ -31,10 +31,10 @@ from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import batch as batch_file  # noqa: E402
 import model as model_file  # noqa: E402
 import lora_moe  # noqa: E402
 import common  # noqa: E402
-import losses  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from data import Tokenizer  # noqa: E402
@@ -140,7 +140,7 @@ def tokens_of(encoded, order, config):
     with a prompt each, response tokens, Σ n² over the pairs), each (steps,)."""
     rows = []
     for indices in np.split(order, range(8, len(order), 8)):
-        batch, bounds = losses.pack(encoded, indices), encoded.bounds[indices]
+        batch, bounds = batch_file.pack(encoded, indices), encoded.bounds[indices]
         longest = (np.diff(bounds, axis=1)[:, 1:].max(1) + bounds[:, 1] - bounds[:, 0]).max()
         n = encoded.lengths()[indices]
         rows.append((n.sum(), batch.tokens.numel(), 2 * len(indices) * longest, len(batch.target), (n ** 2).sum()))
@@ -209,12 +209,12 @@ def unshared(state):
             pieces += [prompt, response]
             ends.append((len(prompt), len(response)))
     sizes = np.cumsum(np.array(ends).flatten()).reshape(-1, 2)
-    apart = losses.Encoded(np.concatenate(pieces), np.concatenate([sizes[:, :1] - np.array(ends)[:, :1], sizes], axis=1))
+    apart = batch_file.Encoded(np.concatenate(pieces), np.concatenate([sizes[:, :1] - np.array(ends)[:, :1], sizes], axis=1))
     encoded.labels["number"] = np.arange(len(encoded))
 
     def forward(model, batch):
         numbers = batch.labels["number"].numpy()
-        return losses.policy_logps(model, losses.pack(apart, np.stack([2 * numbers, 2 * numbers + 1], 1).flatten())
+        return batch_file.policy_logps(model, batch_file.pack(apart, np.stack([2 * numbers, 2 * numbers + 1], 1).flatten())
                                    ).view(batch.shape)
     set_forward(forward)
 
@@ -226,8 +226,8 @@ def set_forward(forward):
 def reference_again(state):
     def forward(model, batch):
         with torch.no_grad(), disable_experts(model):
-            losses.policy_logps(model, batch)
-        return losses.policy_logps(model, batch)
+            batch_file.policy_logps(model, batch)
+        return batch_file.policy_logps(model, batch)
     set_forward(forward)
 
 
@@ -237,7 +237,7 @@ def logits_everywhere(state):
         hidden = model(batch.tokens, batch.positions, batch.mask())
         others = torch.ones(batch.tokens.numel(), dtype=torch.bool).index_fill(0, batch.predictor, False).nonzero()[:, 0]
         rest = replace(batch, predictor=others, target=torch.zeros_like(others), owner=torch.zeros_like(others))
-        return losses.sequence_logps(model, hidden, batch) + 0 * losses.sequence_logps(model, hidden, rest)
+        return batch_file.sequence_logps(model, hidden, batch) + 0 * batch_file.sequence_logps(model, hidden, rest)
     set_forward(forward)
 
 
@@ -274,11 +274,11 @@ def one_to_a_row(lengths, capacity):
 ABLATIONS = {  # name: a change of the state or the code, or flags
     "all of it": (),
     "prompt not shared": unshared,
-    "one pair to a row": switch(losses, "first_fit", one_to_a_row),
-    "rows as long as the longest pair": switch(losses, "row_length", max),
+    "one pair to a row": switch(batch_file, "first_fit", one_to_a_row),
+    "rows as long as the longest pair": switch(batch_file, "row_length", max),
     "logits at all positions": logits_everywhere,
-    "logits computed twice": switch(losses.FrozenHeadLogps, "apply", logits_twice),
-    "logits in one chunk": switch(losses, "CHUNK_BYTES", 1 << 40),
+    "logits computed twice": switch(batch_file.FrozenHeadLogps, "apply", logits_twice),
+    "logits in one chunk": switch(batch_file, "CHUNK_BYTES", 1 << 40),
     "reference at every step": reference_again,
     "gradients of frozen weights": unfrozen,
     "AdamW in a loop": looped_optimizer,

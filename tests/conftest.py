@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
-import losses  # noqa: E402
+import batch as batch_file  # noqa: E402
 import eval as eval_file  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from data import Tokenizer, apply_view  # noqa: E402
-from losses import Encoded, pack, policy_logps  # noqa: E402
+from batch import Encoded, pack, policy_logps  # noqa: E402
 from lora_moe import add_experts, perturb_experts  # noqa: E402
 from common import UserError, read_json  # noqa: E402
 from model import ModelConfig, ScoreModel, Transformer, stream  # noqa: E402
@@ -387,7 +387,7 @@ def passes(monkeypatch):
 @pytest.fixture
 def encoded_lists(monkeypatch):
     """The lists of pairs that runs tokenise, in order: those to train on, then the held-out ones."""
-    lists, encode_pairs = [], losses.encode_pairs
+    lists, encode_pairs = [], batch_file.encode_pairs
 
     def recording(tokenizer, pairs, *rest):
         lists.append(pairs)

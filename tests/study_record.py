@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
-from losses import pack  # noqa: E402
+from batch import pack  # noqa: E402
 from common import write_text  # noqa: E402
 
 PROBE, EVERY = 128, 40  # pairs of each preference that a gradient is taken of; steps between two measurements

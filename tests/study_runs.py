@@ -20,7 +20,7 @@ from data import Tokenizer, apply_view
 from eval import answer, load_policy, load_start
 from lora_moe import cached_logps, choose_experts, use_expert
 from runs import read_settings
-from losses import encode
+from batch import encode
 from common import read_json, write_text
 from model import generate
 

@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 import torch
 
+import batch as batch_file
 import model as model_file
-import losses
 import eval as eval_file
 import toy
 from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_of, logp_alone, run, score_alone,
@@ -19,7 +19,8 @@ from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_o
 from data import Tokenizer, load_sources
 from eval import read_prompts
 from lora_moe import expert_layers, use_expert
-from losses import longest, markdown_table, win_rate
+from batch import longest
+from losses import markdown_table, win_rate
 from common import read_json
 from model import ScoreModel, Transformer
 
@@ -400,8 +401,8 @@ def test_texts_longer_than_a_models_positions_are_cut(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     tokenizer = Tokenizer(tmp_path, "plain")
     assert longest(model) == 64 and longest(tiny("llama"), 512) == 512 and longest(model, 8) == 8
-    assert len(losses.score(model, tokenizer, [("a " * 99, "a " * 99)])) == 1
-    assert losses.score(model, tokenizer, []) == []
+    assert len(batch_file.score(model, tokenizer, [("a " * 99, "a " * 99)])) == 1
+    assert batch_file.score(model, tokenizer, []) == []
 
 
 def test_runs_with_other_templates_have_a_start_each(asked):

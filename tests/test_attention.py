@@ -4,7 +4,7 @@ import torch
 
 import model as model_file
 from conftest import encoded_of, load_fixture
-from losses import pack
+from batch import pack
 
 ITEMS = [(9, 20, 25, 30, 31, 30), (1, 4, 6, 0, 1, 2), (30, 9, 1, 3, 9, 9), (2, 30, 9, 30, 2, 30), (9, 8, 7, 6, 5, 4)]
 

@@ -9,7 +9,7 @@ import torch
 import lora_moe
 import train
 from conftest import encoded_of, files_of, run, tiny
-from losses import pack, policy_logps
+from batch import pack, policy_logps
 from model import compile_once
 from test_steps import check_equal, inputs_of, ready
 

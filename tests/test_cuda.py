@@ -8,7 +8,7 @@ import torch
 
 import model as model_file
 from conftest import SHAPES, encoded_of, interrupt_at, load_fixture, relative_error, rows, run, timeless, tiny
-from losses import pack, policy_logps, precision, sequence_logps
+from batch import pack, policy_logps, precision, sequence_logps
 from model import generate
 from test_attention import ITEMS
 from test_steps import METHODS, inputs_of, step_of

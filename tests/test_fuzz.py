@@ -27,6 +27,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+import batch as batch_file
 import common
 import data
 import eval as eval_file
@@ -510,7 +511,7 @@ def test_rows_of_every_layout(tmp_path, tokenizer):
             except UserError as error:  # the labels or pairs that this view needs are not there
                 assert f"view {view}" in str(error)
                 return
-            encoded = losses.encode_pairs(tokenizer, pairs, 99, min(len(c.responses) for c in comparisons))
+            encoded = batch_file.encode_pairs(tokenizer, pairs, 99, min(len(c.responses) for c in comparisons))
             assert len(encoded) == len(pairs)
         skip = rng.random() < 0.3
         return what, use, path

@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-import runs
+import runs as runs_file
 import data
 import train
 from conftest import files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
@@ -90,7 +90,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_leaves_the_checkpoint_before_it(
 
     def fill():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        save, saved = runs.save_checkpoint, []
+        save, saved = runs_file.save_checkpoint, []
 
         def save_twice(*settings):
             if saved:
@@ -223,5 +223,5 @@ def test_half_a_row_breaks_no_reader_of_metrics(quick):
     out = run("run", *FLAGS, "--max_steps", 4)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
-    assert [row["step"] for row in runs.open_metrics(out / "metrics.jsonl", 9)[1]] == [2, 4]
+    assert [row["step"] for row in runs_file.open_metrics(out / "metrics.jsonl", 9)[1]] == [2, 4]
     assert [row["step"] for row in json_lines(out / "metrics.jsonl")] == [2, 4]

@@ -6,7 +6,8 @@ import torch
 import train
 from conftest import BASE, line_of, load_run, mistake, preference_pairs, rows, run, scored_file, write_rows
 from data import Comparison, apply_view, load_sources, require
-from losses import epoch_order, moe_dpo_loss
+from batch import epoch_order
+from losses import moe_dpo_loss
 
 PAIR = {"prompt": "How do I bake bread?", "chosen": "Sure.", "rejected": "I will not help with that."}
 FLAGS = {"chosen_unsafe": False, "rejected_unsafe": True}

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-import losses
+import batch as batch_file
 from conftest import SHAPES, VOCABULARY, brute_force, encoded_of, packed_logps, tiny
-from losses import pack, policy_logps, sequence_logps
+from batch import pack, policy_logps, sequence_logps
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (1, 1, 1), (7, 0, 3), (2, 3, 0), (9, 8, 7), (1, 2, 0), (4, 1, 12)]
 SINGLES = [(3, 5), (1, 4), (7, 0), (1, 1), (9, 12)]
@@ -45,13 +45,13 @@ def test_packed_logps_and_gradients_equal_separate_sequences(shape, items):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_frozen_head_changes_no_logp_and_no_gradient_below_it(monkeypatch, shape):
     """gemma2's logits have a soft-cap, through which the gradient goes as well."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
+    monkeypatch.setattr(batch_file, "CHUNK_BYTES", 5 * 4 * VOCABULARY)
     assert_same(*packed_and_separate(shape, PAIRS, frozen_head=True))
 
 
 @pytest.mark.parametrize("rows", (1, 3))
 def test_small_chunks_give_the_same_logps_and_gradients(monkeypatch, rows):
-    monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 4 * VOCABULARY)
+    monkeypatch.setattr(batch_file, "CHUNK_BYTES", rows * 4 * VOCABULARY)
     assert_same(*packed_and_separate("llama", PAIRS))
 
 
@@ -87,7 +87,7 @@ def test_one_pair_given_twice_counts_twice():
 @pytest.mark.parametrize("frozen_head", (False, True))
 def test_no_vocabulary_sized_tensor_outlives_its_chunk(monkeypatch, frozen_head):
     rows = 2
-    monkeypatch.setattr(losses, "CHUNK_BYTES", rows * 4 * VOCABULARY)
+    monkeypatch.setattr(batch_file, "CHUNK_BYTES", rows * 4 * VOCABULARY)
     model, encoded = tiny("qwen2"), encoded_of(PAIRS)
     model.lm_head.requires_grad_(not frozen_head)
     batch = pack(encoded, list(range(len(PAIRS))))

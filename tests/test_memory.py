@@ -53,7 +53,7 @@ def test_of_float32_weights_it_is_adamw_in_double_precision(monkeypatch, weight_
 @pytest.mark.parametrize("shape", SHAPES)
 def test_to_update_within_the_backward_pass_changes_no_gradient(monkeypatch, shape, checkpointing):
     """The weights are those of an update after the backward pass; also where embedding and head are one."""
-    monkeypatch.setattr("losses.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("batch.CHUNK_BYTES", 2000)
     inside = tiny(shape).train()
     inside.model.checkpointing = checkpointing
     after, encoded = copy.deepcopy(inside), encoded_of([(5, 4, 6), (3, 7, 2), (4, 5, 5)])

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import losses
+import batch as batch_file
 import train
 from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line_of, log_softmax, logits_of, pieces,
                       relative_error, tiny)
 from data import Tokenizer
-from losses import pack
+from batch import pack
 from lora_moe import (Gate, add_experts, choose_experts, expert_layers, expert_logps, load_experts, merge_experts,
                       mixture_logps, perturb_experts, pooled_states, save_experts, set_routers, use_expert)
 from common import read_json
@@ -105,7 +105,7 @@ def test_checkpointing_changes_neither_logps_nor_gradients(kind):
 @pytest.mark.parametrize("kind", ("adapters", "LoRA heads", "heads"))
 def test_many_chunks_of_the_vocabulary_change_neither_logps_nor_gradients(kind, monkeypatch):
     """Heads are recomputed in the backward pass, each chunk under the expert that it was computed for."""
-    monkeypatch.setattr(losses, "CHUNK_BYTES", 3 * 4 * VOCABULARY)
+    monkeypatch.setattr(batch_file, "CHUNK_BYTES", 3 * 4 * VOCABULARY)
     check_experts(kind, mixture(kind), PULL)
 
 
@@ -127,7 +127,7 @@ def test_full_copies_of_the_head_start_as_the_base_and_learn_any_difference():
     batch = pack(encoded_pairs(), list(range(5)))
     logps = expert_logps(model, batch)
     with torch.no_grad():
-        expected = losses.policy_logps(plain, batch)
+        expected = batch_file.policy_logps(plain, batch)
     for k in range(3):
         assert torch.allclose(logps[k].detach(), expected, rtol=1e-5, atol=1e-5)
     trainable = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -9,7 +9,8 @@ import torch
 import eval as eval_file
 import train
 from conftest import BASE, load_run, log_softmax, pair_logps, preference_pairs, run
-from losses import Encoded, expert_margins
+from batch import Encoded
+from losses import expert_margins
 from lora_moe import expert_layers, mixture_logps
 from model import Transformer
 

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from conftest import encoded_of, load_run, run, small_pairs
-from losses import encode_pairs, epoch_order
+from batch import encode_pairs, epoch_order
 
 # The order
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-import runs
-import losses
+import batch as batch_file
+import runs as runs_file
 import eval as eval_file
 import lora_moe
 import train
@@ -132,11 +132,11 @@ def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
             patch.setattr(Path, "rmdir", lambda self, remove=Path.rmdir:
                           killing(self, None, lambda path, _: remove(path)))
             try:
-                runs.close_run(Path("out/run"), Path("out/run/.new"))
+                runs_file.close_run(Path("out/run"), Path("out/run/.new"))
                 whole = True
             except Killed:
                 whole = False
-        runs.finish_move(Path("out/run"))
+        runs_file.finish_move(Path("out/run"))
         shutil.rmtree("out/run/.new", ignore_errors=True)  # not yet moved: the old run is still there
         assert files_of(Path("out/run")) in (old, new)
         outcomes.add(files_of(Path("out/run")) == new)
@@ -216,7 +216,7 @@ def test_the_run_folder_shows_the_tokens_of_the_first_pair(quick):
 
 def test_reference_log_probs_are_shared_by_runs_that_need_the_same(quick, monkeypatch):
     computed = []
-    response_logps = losses.response_logps
+    response_logps = batch_file.response_logps
     monkeypatch.setattr(lora_moe, "response_logps", lambda *rest: computed.append(1) or response_logps(*rest))
     for name, flags in (("a", ("--delta", 10)), ("b", ("--delta", 3)), ("c", ("--beta", 0.5, "--batch_size", 4))):
         run(name, *FLAGS, *flags)

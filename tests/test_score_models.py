@@ -12,7 +12,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
-import losses
+import batch as batch_file
 import data
 import eval as eval_file
 import toy
@@ -85,7 +85,7 @@ def test_a_score_model_is_saved_and_its_held_out_metrics_are_those_of_single_seq
 def test_a_fresh_score_model_scores_everything_zero_and_can_learn(place):
     model, tokenizer = ScoreModel.from_policy(Transformer.from_pretrained(BASE)), Tokenizer(BASE)
     texts = [(pair.prompt, response) for pair in small_pairs("helpful")[:10] for response in (pair.chosen, "", "x")]
-    assert losses.score(model, tokenizer, texts) == [0.0] * 30
+    assert batch_file.score(model, tokenizer, texts) == [0.0] * 30
     model(torch.tensor([[3, 4, 5]]), torch.tensor([2])).sum().backward()
     assert model.score.weight.grad.abs().min() > 0 and not model.model.norm.weight.grad.any()
 
@@ -96,7 +96,7 @@ def test_packed_and_batched_scores_are_those_of_single_sequences(judges):
         score = score_alone(folder)
         alone = [score(*text) for text in texts]
         judge = data.load_score_model(folder)
-        assert losses.score(*judge, texts, batch_size=5) == pytest.approx(alone, rel=1e-4, abs=1e-5)
+        assert batch_file.score(*judge, texts, batch_size=5) == pytest.approx(alone, rel=1e-4, abs=1e-5)
         assert statistics.stdev(alone) > 1e-3
 
 
@@ -114,7 +114,7 @@ def test_score_models_of_safe_rlhf_are_asked_in_their_own_format(judges, tmp_pat
     for text in texts:
         ids = tokenizer.encode([tokenizer.bos + form.format(*text)])
         alone.append(float(model(torch.tensor(ids), torch.tensor([len(ids[0]) - 1]))))
-    scores = losses.score(*data.load_score_model(folder, template), texts)
+    scores = batch_file.score(*data.load_score_model(folder, template), texts)
     assert scores == pytest.approx(alone, rel=1e-4, abs=1e-5) and statistics.stdev(alone) > 1e-2
 
 
@@ -274,7 +274,7 @@ def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypa
     file = write_rows(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(10)))
     whole = score_file(judges, tmp_path / "whole.jsonl", file)
     monkeypatch.setattr(data, "BLOCK", 4)
-    score, calls = losses.score, []
+    score, calls = batch_file.score, []
 
     def stops(*arguments):
         calls.append(len(arguments[2]))
@@ -299,7 +299,7 @@ def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypa
 def test_a_partial_file_by_another_score_model_is_not_gone_on_with(judges, tmp_path, monkeypatch):
     """Also where the other one has taken its place in the same folder."""
     file = write_rows(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(4)))
-    out, reward, score = tmp_path / "out.jsonl", str(shutil.copytree(judges["reward"], tmp_path / "judge")), losses.score
+    out, reward, score = tmp_path / "out.jsonl", str(shutil.copytree(judges["reward"], tmp_path / "judge")), batch_file.score
 
     def stops(*arguments):
         if any(len(path.read_text().splitlines()) == 2 for path in tmp_path.glob("*.partial")):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import batch as batch_file
 import model as model_file
 import lora_moe
-import losses
 import train
 from conftest import encoded_of, perturb_experts
 from data import Tokenizer
-from losses import pack, split_step
+from batch import pack, split_step
 from runs import ALONE
 from common import whole
 
@@ -115,11 +115,11 @@ def test_no_pass_of_a_step_holds_more_than_its_tokens(seed):
 
 
 def test_a_batch_without_gradients_holds_few_tokens_too(monkeypatch):
-    monkeypatch.setattr(losses, "PASS_TOKENS", 30)
+    monkeypatch.setattr(batch_file, "PASS_TOKENS", 30)
     encoded = encoded_of([(1, size) for size in (9, 9, 9, 9, 29, 9)])
     for settings in ({}, {"longest_first": False}, {"together": np.array([0, 0, 1, 1, 1, 2])}):
         parts, held = zip(*((indices.tolist(), batch.tokens.numel())
-                            for indices, batch in losses.batches(encoded, 6, "cpu", **settings)))
+                            for indices, batch in batch_file.batches(encoded, 6, "cpu", **settings)))
         order = sum(parts, [])
         assert sorted(order) == list(range(6)) and (order == sorted(order) or "longest_first" not in settings)
         assert max(held) == (60 if "together" in settings else 30)  # pairs 2, 3 and 4 take two rows of 30

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lora_moe
 import train
 from conftest import encoded_of, tiny
-from losses import pack, split_step
+from batch import pack, split_step
 from test_steps import METHODS, inputs_of, ready
 
 

@@ -7,11 +7,11 @@ from datetime import datetime
 
 import pytest
 
+import batch as batch_file
 import data
-import losses
 from conftest import byte_tokenizer, line_of, pieces
 from data import Pair, Tokenizer
-from losses import encode_pairs
+from batch import encode_pairs
 from common import UserError
 
 TURNS = [{"role": role, "content": content}
@@ -246,7 +246,7 @@ def test_a_template_that_leaves_no_room_is_a_user_error(make):
 
 def test_many_rows_are_tokenised_as_one_is(make, monkeypatch):
     tokenizer, pairs = make("alpaca"), [Pair("p" * i, "c" * (i % 7 + 1), "r" * (i % 5 + 1)) for i in range(1, 40)]
-    monkeypatch.setattr(losses, "CHUNK", 8)  # more than one chunk, the last one not full
+    monkeypatch.setattr(batch_file, "CHUNK", 8)  # more than one chunk, the last one not full
     together = encode_pairs(tokenizer, pairs, 60)
     assert len(together) == 39 and together.bounds[0, 0] == 0 and together.bounds[-1, -1] == len(together.tokens)
     assert (together.bounds[1:, 0] == together.bounds[:-1, -1]).all()

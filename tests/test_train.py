@@ -24,7 +24,7 @@ from conftest import (BASE, ROOT, SHAPES, SIZES, brute_force, check_that_it_is_e
                       first_batch, ids_of, interrupt_at, leftovers, load_run, logits_of, logp_alone, packed_logps, rows,
                       run, small_pairs, timeless)
 from data import Tokenizer
-from losses import encode_pairs
+from batch import encode_pairs
 from lora_moe import load_adapter, perturb_experts
 from common import read_json
 from model import ModelConfig, Transformer

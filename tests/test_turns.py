@@ -4,11 +4,11 @@ import json
 import pytest
 import tokenizers
 
+import batch as batch_file
 import eval as eval_file
-import losses
 from conftest import tiny, write_rows
 from data import Pair, Tokenizer, apply_view, load_sources
-from losses import encode_pairs, show_pair
+from batch import encode_pairs, show_pair
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -114,8 +114,8 @@ def test_scores_are_of_the_joint_text(tmp_path, monkeypatch):
     def batches(encoded, size, device):
         seen.append(encoded.tokens.tolist())
         return []
-    monkeypatch.setattr(losses, "batches", batches)
-    losses.score(tiny("llama"), tokenizer, [("Hi", "Sure.")])
+    monkeypatch.setattr(batch_file, "batches", batches)
+    batch_file.score(tiny("llama"), tokenizer, [("Hi", "Sure.")])
     assert seen == [tokenizer.encode(["Hi ASSISTANT:Sure."])[0] + [tokenizer.eos_id]]
 
 
