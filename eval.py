@@ -31,10 +31,11 @@ from tqdm import tqdm
 
 import toy
 from batch import Encoded, batches, encode, longest, score
+from chat import TEMPLATES, TEMPLATE_NAMES, Tokenizer
 from common import (DTYPES, Parser, UserError, as_command, check_device, check_values, content_hash, files_hash,
                     first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
-from data import (TEMPLATES, TEMPLATE_NAMES, Tokenizer, check_source, get_prompt, load_score_model, load_scorer,
-                  load_sources, make_pairs, parse_line, read_lines, score_file, source_files)
+from data import (check_source, get_prompt, load_score_model, load_scorer, load_sources, make_pairs, parse_line,
+                  read_lines, score_file, source_files)
 from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
                       is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights, set_routers,
                       use_expert, weights_hash)

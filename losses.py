@@ -11,20 +11,14 @@ Letters in shape comments: N pairs, R responses per prompt, B rows, T tokens per
 D width, V vocabulary.
 """
 import itertools
-import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
-from datetime import datetime
-from functools import wraps
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jinja2 import TemplateError, nodes, pass_context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from batch import batches, precision
 from common import UserError, read_json, whole_rows
@@ -406,92 +400,3 @@ def plot(rows, headings, routers, gates, runs, out):
         axes.set(xlabel="optimiser step", ylabel=key)
     panels[0].legend(fontsize=8)
     save(figure, "training")
-
-
-# Chat templates in a sandbox: data.py's Tokenizer renders prompts with them
-
-BUDGET, STEP = 1 << 28, 1000  # characters that a template may read and write for one prompt; what a part counts as
-QUICK = {"count", "default", "defined", "first", "last", "length", "none", "string"}  # filters and tests: they are free
-PAID = {nodes.Output: "nodes", nodes.Concat: "nodes", nodes.List: "items", nodes.Tuple: "items", nodes.Pair: "value",
-        nodes.Compare: "expr", nodes.Operand: "expr", nodes.For: "iter", nodes.Getitem: "node"}  # what reads this field
-FORMAT_WIDTH = re.compile(r"%[^a-zA-Z%]*[\d*]|\{[^}]*:")  # in a format
-
-
-def size(value, limit=BUDGET):
-    """The characters of a text, or of all parts of a container and STEP for each; not counted on beyond the limit."""
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    total, parts = 1, value.items() if isinstance(value, dict) else value
-    for part in parts if isinstance(parts, Collection) else ():
-        total += STEP + size(part, limit - total)
-        if total > limit:
-            break
-    return total
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Where chat templates run. Jinja's sandbox keeps them from Python's internals, and a budget makes them end: what
-    takes more than a moment is paid for, before it is done, by the size of what it reads and may write."""
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-    def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        self.filters |= {"tojson": lambda value, **options: json.dumps(value, ensure_ascii=False, **options),
-                         "format": lambda text, *values, **named: self.call_binop(None, "%", text, values or named)}
-        for table in (self.filters, self.tests):
-            table.update({name: self.paying(function) for name, function in table.items() if name not in QUICK})
-        self.filters["paid"] = self.paid
-        self.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None,
-                         "strftime_now": lambda form: datetime.now().strftime(form)}
-        del self.globals["lipsum"]
-
-    def from_string(self, source):
-        tree, self.step, self.left = self.parse(source), STEP + len(source), BUDGET
-        for node in tree.find_all(tuple(PAID)):
-            one_part = isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice)
-            if one_part or isinstance(node, nodes.Tuple) and node.ctx == "store":
-                continue
-            values, turns = getattr(node, PAID[type(node)]), [nodes.Const(True)] * isinstance(node, nodes.For)
-            paid = [nodes.Filter(value, "paid", turns, [], None, None, lineno=node.lineno)
-                    for value in (values if isinstance(values, list) else [values])]
-            setattr(node, PAID[type(node)], paid if isinstance(values, list) else paid[0])
-        return super().from_string(tree)
-
-    def pay(self, *values, steps=0):
-        """Take the product of these sizes from the budget, that of a whole number being itself, and so many steps."""
-        sizes = (abs(value) if isinstance(value, int) else size(value, self.left) for value in values)
-        self.left -= math.prod(max(1, one) for one in sizes) + steps * self.step
-        if self.left < 0:
-            raise TemplateError("it does not end, or writes more than a prompt can have")
-
-    @pass_context  # such a filter is never called while compiling
-    def paid(self, context, value, turns=False):
-        self.pay([value], steps=len(value) if turns else 0)
-        return value
-
-    def paying(self, function):
-        """A filter or test that pays for the product of its arguments: what replace, join or center may write."""
-        @wraps(function)
-        def pay_and_call(*values, **named):
-            self.pay(*values[hasattr(function, "jinja_pass_arg"):], *named.values())  # without Jinja's own
-            result = function(*values, **named)
-            return list(result) if isinstance(result, Iterator) else result
-        return pay_and_call
-
-    def call_binop(self, context, operator, left, right):
-        if operator == "%" and not isinstance(left, (int, float)) and FORMAT_WIDTH.search(left):
-            raise TemplateError("a width in a format")
-        self.pay(*([[left, right]] if operator == "+" else [left, right]))
-        return super().call_binop(context, operator, left, right)
-
-    def call(__self, __context, __function, *values, **named):  # the names of Jinja's, which no template can pass
-        owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)  # Jinja wraps str.format
-        if isinstance(owner, str) and "format" in __function.__name__ and FORMAT_WIDTH.search(owner):
-            raise TemplateError("a width in a format")
-        arguments = [*values, *named.values()]
-        __self.pay(*([owner, *arguments] if isinstance(owner, (str, bytes, int)) else [arguments]), steps=1)
-        return super().call(__context, __function, *values, **named)

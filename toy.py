@@ -21,8 +21,9 @@ import tokenizers
 import torch
 
 from batch import encode
+from chat import Tokenizer
 from common import content_hash, write_text
-from data import Comparison, Tokenizer
+from data import Comparison
 from losses import mean_and_error, measured, router_table, terminal_table
 from model import ModelConfig, Transformer
 

@@ -37,7 +37,7 @@ import lora_moe  # noqa: E402
 import common  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
-from data import Tokenizer  # noqa: E402
+from chat import Tokenizer  # noqa: E402
 from lora_moe import disable_experts  # noqa: E402
 from model import ModelConfig, Transformer, read_config  # noqa: E402
 

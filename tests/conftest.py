@@ -26,7 +26,8 @@ import batch as batch_file  # noqa: E402
 import eval as eval_file  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
-from data import Tokenizer, apply_view  # noqa: E402
+from chat import Tokenizer  # noqa: E402
+from data import apply_view  # noqa: E402
 from batch import Encoded, pack, policy_logps  # noqa: E402
 from lora_moe import add_experts, perturb_experts  # noqa: E402
 from common import UserError, read_json  # noqa: E402

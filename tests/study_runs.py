@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 
 import toy
-from data import Tokenizer, apply_view
+from chat import Tokenizer
+from data import apply_view
 from eval import answer, load_policy, load_start
 from lora_moe import cached_logps, choose_experts, use_expert
 from runs import read_settings

@@ -16,7 +16,8 @@ import eval as eval_file
 import toy
 from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_of, logp_alone, run, score_alone,
                       small_pairs, tiny, write_rows)
-from data import Tokenizer, load_sources
+from chat import Tokenizer
+from data import load_sources
 from eval import read_prompts
 from lora_moe import expert_layers, use_expert
 from batch import longest

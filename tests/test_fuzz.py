@@ -34,7 +34,7 @@ import eval as eval_file
 import losses
 import train
 from conftest import FIXTURES, LAYOUTS, byte_tokenizer, edit_json, leftovers, line_of, load_fixture, moved_experts
-from data import Tokenizer
+from chat import Tokenizer
 from lora_moe import adapter_warnings, add_gate, choose_experts, load_adapter, load_experts, save_experts, use_expert
 from runs import load_checkpoint, save_checkpoint
 from common import UserError

@@ -18,8 +18,8 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+import chat
 import runs as runs_file
-import data
 import train
 from conftest import files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
 from common import as_command
@@ -148,7 +148,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_named(quick, mon
     assert "loss" not in logged[2] and 0.1 < logged[0]["loss"] / logged[1]["loss"] < 10
     shown = capsys.readouterr()
     config = train.parse_flags([*map(str, FLAGS), "--device", "cpu"])
-    order = train.training_order(train.load_data(config, data.Tokenizer(train.base_folder(config)))[0], config)
+    order = train.training_order(train.load_data(config, chat.Tokenizer(train.base_folder(config)))[0], config)
     for i in (1, 4, 5):
         assert f"pairs {', '.join(map(str, order[8 * i:8 * i + 8]))}" in shown.out
     assert "skipped=3" in shown.err

@@ -9,7 +9,8 @@ import model as model_file
 import data
 import eval as eval_file
 from conftest import BASE, json_lines, line_of, mistake, rows, run, score_alone, write_rows
-from data import Tokenizer, read_comparisons
+from chat import Tokenizer
+from data import read_comparisons
 from common import UserError, read_json
 
 JUDGES = """

@@ -11,7 +11,7 @@ import batch as batch_file
 import train
 from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line_of, log_softmax, logits_of, pieces,
                       relative_error, tiny)
-from data import Tokenizer
+from chat import Tokenizer
 from batch import pack
 from lora_moe import (Gate, add_experts, choose_experts, expert_layers, expert_logps, load_experts, merge_experts,
                       mixture_logps, perturb_experts, pooled_states, save_experts, set_routers, use_expert)

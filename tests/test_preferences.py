@@ -12,7 +12,7 @@ import pytest
 import eval as eval_file
 import toy
 from conftest import BASE
-from data import Tokenizer
+from chat import Tokenizer
 from model import Transformer
 from toy import (CLOSINGS, CONTEXTS, OPENINGS, PREFERENCES, REFUSALS, WARM, Prompt, draw_answer, make_preferences,
                  oracle, preference_prompts, preference_score, tasks)

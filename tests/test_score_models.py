@@ -18,7 +18,8 @@ import eval as eval_file
 import toy
 from conftest import (BASE, COMPARISONS, LAYOUTS, SMALL_MODEL, edit_json, edit_tensors, first_batch, json_lines,
                       mistake, rows, run, score_alone, scored_file, small_pairs, softplus, write_rows)
-from data import Tokenizer, apply_view, read_comparisons
+from chat import Tokenizer
+from data import apply_view, read_comparisons
 from common import UserError
 from model import ModelConfig, ScoreModel, Transformer
 

@@ -8,7 +8,7 @@ import torch
 import data
 import train
 from conftest import BASE, first_batch, load_run, logp_alone, mistake, pair_logps, rows, run, small_pairs, ids_of
-from data import Tokenizer
+from chat import Tokenizer
 from lora_moe import adapter_warnings, base_hash, load_adapter, merge_experts, trainable_parameters
 from common import read_json
 from model import Transformer

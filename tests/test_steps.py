@@ -13,7 +13,7 @@ import model as model_file
 import lora_moe
 import train
 from conftest import encoded_of, perturb_experts
-from data import Tokenizer
+from chat import Tokenizer
 from batch import pack, split_step
 from runs import ALONE
 from common import whole

@@ -7,10 +7,11 @@ from datetime import datetime
 
 import pytest
 
+import chat
 import batch as batch_file
-import data
 from conftest import byte_tokenizer, line_of, pieces
-from data import Pair, Tokenizer
+from chat import Tokenizer
+from data import Pair
 from batch import encode_pairs
 from common import UserError
 
@@ -86,7 +87,7 @@ def test_messages_and_dialogues_are_rendered_turn_by_turn(make):
 
 
 def test_turns_of_one_speaker_become_one_so_that_speakers_take_turns():
-    messages = data.as_messages("\n\nHuman: one\n\nHuman: and\n\nmore\n\nAssistant: two\n\nHuman: three")
+    messages = chat.as_messages("\n\nHuman: one\n\nHuman: and\n\nmore\n\nAssistant: two\n\nHuman: three")
     assert [m["content"] for m in messages] == ["one\n\nand\n\nmore", "two", "three"]
     assert [m["role"] for m in messages] == ["user", "assistant", "user"]
 

@@ -23,7 +23,7 @@ import train
 from conftest import (BASE, ROOT, SHAPES, SIZES, brute_force, check_that_it_is_evaluated_again_alike, files_of,
                       first_batch, ids_of, interrupt_at, leftovers, load_run, logits_of, logp_alone, packed_logps, rows,
                       run, small_pairs, timeless)
-from data import Tokenizer
+from chat import Tokenizer
 from batch import encode_pairs
 from lora_moe import load_adapter, perturb_experts
 from common import read_json
