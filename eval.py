@@ -30,18 +30,16 @@ from huggingface_hub.errors import HTTPError
 from tqdm import tqdm
 
 import toy
-from batch import Encoded, batches, encode, longest, score
+from batch import Encoded, encode, longest, score
 from chat import TEMPLATES, TEMPLATE_NAMES, Tokenizer
 from common import (DTYPES, Parser, UserError, as_command, check_device, check_values, content_hash, files_hash,
                     first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
 from data import (check_source, get_prompt, load_score_model, load_scorer, load_sources, make_pairs, parse_line,
                   read_lines, score_file, source_files)
-from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_experts, expert_layers, export_experts,
-                      is_routed, load_adapter, load_trained, merge_experts, mixture_logps, router_weights, set_routers,
-                      use_expert, weights_hash)
-from losses import (annotator_type, expert_margins, gate_report, load_pyplot, markdown_table, measured,
-                    mixture_diagnostics, plot, router_table, terminal_table, win_rate)
+from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_experts, export_experts, gate_report,
+                      is_routed, load_adapter, load_trained, merge_experts, set_routers, use_expert, weights_hash)
 from model import Transformer, find_folder, read_config, stream
+from report import load_pyplot, markdown_table, measured, plot, router_report, router_table, terminal_table, win_rate
 from runs import Processes
 
 
@@ -215,57 +213,6 @@ def merge_static(policy, weights):
         raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
     policy.gate = None
     return merge_experts(set_routers(policy, {"type": "constant", "weights": values}))
-
-
-# Reports of routers and of a mixture's experts
-
-
-@torch.no_grad()
-def prompt_weights(model, tokenizer, prompts, answers, batch_size=64):
-    """Router weights at the last token of each prompt, where the answer begins, and their means over the tokens of each
-    answer: two tensors (L, N, slots), float32 on the CPU."""
-    rendered = [tokenizer.render(prompt) for prompt in prompts]
-    encoded = encode(tokenizer, rendered, [(text,) for text in answers], longest(model))
-    parts = []
-    for _, batch in batches(encoded, batch_size, next(model.parameters()).device, longest_first=False):
-        model(batch.tokens, batch.positions, batch.mask())
-        weights = router_weights(model, batch.predictor).float()                        # (L, M, slots)
-        counts = batch.owner.bincount()                                                 # tokens of each answer, EOS too
-        sums = weights.new_zeros(len(weights), len(counts), weights.shape[-1]).index_add(1, batch.owner, weights)
-        parts.append((weights[:, counts.cumsum(0) - counts].cpu(), (sums / counts[:, None]).cpu()))
-    return (torch.cat(part, dim=1) for part in zip(*parts))
-
-
-def router_report(model, tokenizer, prompts):
-    """{layer: {kind: {"median", "q10", "q90": of each slot's weight at the last prompt token, "answer": its median over
-    answers of the mean over an answer's tokens}, …, "entropy": mean of the weights' entropy at the last prompt token}}.
-
-    prompts: {kind: [(prompt, answer)]}, such as harmful and safe ones (MidPO's Figure 5), or those of each preference
-    (PMoL); the last slot of PMoL's routers is the empty expert.
-    """
-    weights = {kind: [*prompt_weights(model, tokenizer, *zip(*of_kind))] for kind, of_kind in prompts.items()}
-    report = {}
-    for i, (name, _) in enumerate(expert_layers(model)):
-        report[name] = {kind: {key: part[i].quantile(share, dim=0).tolist() for key, part, share in (
-            ("median", last, 0.5), ("q10", last, 0.1), ("q90", last, 0.9), ("answer", mean, 0.5))}
-            for kind, (last, mean) in weights.items()}
-        together = torch.cat([last[i] for last, _ in weights.values()])                 # (all N, slots)
-        report[name]["entropy"] = float(torch.special.entr(together / together.sum(-1, keepdim=True)).sum(-1).mean())
-    return report
-
-
-def mixture_report(model, encoded, held_out, beta, batch_size, dtype="float32"):
-    """`mixture_diagnostics` of a trained mixture, and with held-out pairs (or None) "accuracy": {annotator type: [share
-    of its held-out pairs that each expert orders rightly]}. Returns (report, warnings)."""
-    margins, log_gate = expert_margins(mixture_logps, model, encoded, beta, batch_size, dtype)
-    types = [annotator_type(name) for name in encoded.groups]
-    report, warnings = mixture_diagnostics(margins, log_gate, torch.from_numpy(encoded.labels["group"]), types)
-    if held_out is not None:
-        right = expert_margins(mixture_logps, model, held_out, beta, batch_size, dtype)[0] > 0
-        pair_types = np.array([*types, "unknown"])[held_out.labels["group"]]
-        report["accuracy"] = {name: right[torch.from_numpy(pair_types == name)].float().mean(0).tolist()
-                              for name in sorted(set(types)) or ["unknown"] if (pair_types == name).any()}
-    return report, warnings
 
 
 # Judges: without a model, score models, and a model behind HTTP

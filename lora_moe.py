@@ -31,7 +31,6 @@ from safetensors.torch import load_file, save_file
 
 from batch import batches, encode, longest, response_logps, sequence_logps
 from common import UserError, atomic_file, atomic_folder, check_keys, first_line, part_like, read_json, whole
-from losses import gate_report
 from model import ScoreModel, Transformer, read_tensors, stored_name
 from runs import ALONE, WEIGHT_FOLDERS
 
@@ -763,3 +762,19 @@ def load_trained(run, base, dtype=torch.float32, device="cpu"):
     if kind == "model":
         return model
     return (load_adapter if kind == "adapter" else load_experts)(model, run / kind)
+
+
+@torch.no_grad()
+def gate_report(model):
+    """{"kind", "experts": their names, "weights": of the experts for all or, of a gate on users, for an unknown user,
+    "users": {user: weights}}; a gate on prompts has instead "weight" (D, K) and "bias": its weights are softmax(mean
+    hidden state of the prompt under the base · weight + bias)."""
+    gate, users = model.gate, model.gate.spec["groups"]
+    report = {"kind": gate.kind, "experts": [f"expert-{k}" for k in range(len(model.gate.bias))]}
+    if gate.kind == "prompt":
+        return report | {"weight": gate.weight.tolist(), "bias": gate.bias.tolist()}
+    report["weights"] = gate(group=torch.tensor([-1], device=gate.bias.device)).exp()[0].tolist()
+    if gate.kind == "user":
+        numbers = torch.arange(len(users), device=gate.bias.device)
+        report["users"] = dict(zip(users, gate(group=numbers).exp().tolist()))
+    return report

@@ -24,8 +24,8 @@ from batch import encode
 from chat import Tokenizer
 from common import content_hash, write_text
 from data import Comparison
-from losses import mean_and_error, measured, router_table, terminal_table
 from model import ModelConfig, Transformer
+from report import mean_and_error, measured, router_table, terminal_table
 
 PLAIN = """bake: bread, a cake, a pie, some cookies | paint: a wall, a fence, a door, a chair | plant: a tree, some roses,
 some beans, a hedge | clean: a window, an oven, a carpet, a sink | fix: a lamp, a zip, a clock, a tap | fold: a shirt,

@@ -26,13 +26,13 @@ from chat import TEMPLATES, TEMPLATE_NAMES, Tokenizer
 from common import (DTYPES, Parser, UserError, as_command, atomic_folder, check_device, check_values, content_hash,
                     files_hash, is_part, numbers, setting, source_names, stop_signals, weighted_names, whole, write_text)
 from data import SOURCES, VIEWS, add_margins, apply_view, carry_scores, check_source, flip_labels, load_sources, require
-from eval import evaluate_run, gate_weights, load_start, mixture_report
+from eval import evaluate_run, gate_weights, load_start
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, count_experts,
                       disable_experts, expert_layers, freeze_experts, is_mixture, is_router, load_adapter, load_trained,
                       mixture_logps, perturb_experts, pooled_states, read_adapter_config, router_weights, save_trained,
                       set_routers, trainable_parameters, use_expert)
-from losses import annotator_type
 from model import ScoreModel, Transformer, compile_once, find_folder, read_config, shard
+from report import annotator_type, mixture_report
 from runs import (ALONE, Processes, RunLog, add_up, close_run, load_checkpoint, one_line_if_lost, open_run,
                   read_settings, save_checkpoint)
 

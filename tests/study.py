@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import study_pictures  # noqa: E402
 import toy  # noqa: E402
-from losses import markdown_table, mean_and_error  # noqa: E402
+from report import markdown_table, mean_and_error  # noqa: E402
 from common import read_json  # noqa: E402
 from study_runs import costs, forgetting, make_base, metrics_of, train  # noqa: E402
 

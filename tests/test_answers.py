@@ -21,7 +21,7 @@ from data import load_sources
 from eval import read_prompts
 from lora_moe import expert_layers, use_expert
 from batch import longest
-from losses import markdown_table, win_rate
+from report import markdown_table, win_rate
 from common import read_json
 from model import ScoreModel, Transformer
 

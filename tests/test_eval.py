@@ -5,11 +5,11 @@ import statistics
 
 import pytest
 
-import losses
+import report as report_file
 import eval as eval_file
 import toy
 from conftest import line_of
-from losses import mean_and_error
+from report import mean_and_error
 
 
 @pytest.mark.parametrize("values", ([1.0, 0.0, 0.0, 1.0, 1.0], [0.25] * 7, [-0.5, 1.1, 0.3], [2.0, 3.0]))
@@ -75,7 +75,7 @@ def test_folders_that_are_no_finished_run_are_named(tmp_path):
 def test_the_markdown_table_has_a_row_a_policy_and_a_column_a_metric():
     names = list(toy.METRICS)
     metrics = {name: i / 10 for i, name in enumerate(names)} | {f"{name}_se": 0.0123 for name in names}
-    lines = losses.markdown_table({"base": metrics, "safedpo": metrics}, toy.COLUMNS).split("\n")
+    lines = report_file.markdown_table({"base": metrics, "safedpo": metrics}, toy.COLUMNS).split("\n")
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     assert lines[0].count("|") == len(names) + 2 and set(lines[1]) == {"|", "-"}
     cells = [cell.strip() for cell in lines[3].strip("|").split("|")]
@@ -92,7 +92,7 @@ def test_the_terminal_table_is_aligned_and_fits_a_line_of_120_characters(count):
     """12 columns are more than fit: those beyond the line follow in a block of their own, beside the same rows."""
     columns = {f"metric_{i}": f"metric/number-{i}" for i in range(count)}
     policies = {name: random_metrics(columns, seed) for seed, name in enumerate(("base", "safedpo", "midpo"))}
-    table = losses.terminal_table(policies, columns)
+    table = report_file.terminal_table(policies, columns)
     assert max(map(len, table.splitlines())) <= 120
     blocks = [block.splitlines() for block in table.split("\n\n")]
     assert len(blocks) == (1 if count < 12 else 2)
@@ -115,14 +115,14 @@ def test_an_arrow_stands_exactly_where_the_difference_is_more_than_two_of_its_st
     differences = {"up": 0.101, "down": -0.101, "almost up": 0.099, "almost down": -0.099, "same": 0.0}
     base = {key: 0.5 for key in differences} | {f"{key}_se": 0.03 for key in differences}
     policy = {key: 0.5 + change for key, change in differences.items()} | {f"{key}_se": 0.04 for key in differences}
-    table = losses.terminal_table({"base": base, "policy": policy}, {key: key for key in differences})
+    table = report_file.terminal_table({"base": base, "policy": policy}, {key: key for key in differences})
     *_, base_line, policy_line = table.splitlines()
     assert base_line.split() == ["base"] + ["0.500±.030"] * 5
     assert policy_line.split() == ["policy", "0.601±.040↑", "0.399±.040↓", "0.599±.040", "0.401±.040", "0.500±.040"]
 
 
 def test_a_metric_without_prompts_is_an_empty_cell():
-    table = losses.terminal_table({"base": {"a": 0.5, "a_se": 0.1, "b": math.nan, "b_se": math.nan},
+    table = report_file.terminal_table({"base": {"a": 0.5, "a_se": 0.1, "b": math.nan, "b_se": math.nan},
                                       "policy": {"a": 0.5, "a_se": 0.1, "b": 0.25, "b_se": 0.1}}, {"a": "a", "b": "b"})
     assert [line.split() for line in table.splitlines()[-2:]] == [
         ["base", "0.500±.100"], ["policy", "0.500±.100", "0.250±.100"]]

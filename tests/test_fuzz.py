@@ -27,11 +27,11 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+import lora_moe
 import batch as batch_file
 import common
 import data
 import eval as eval_file
-import losses
 import train
 from conftest import FIXTURES, LAYOUTS, byte_tokenizer, edit_json, leftovers, line_of, load_fixture, moved_experts
 from chat import Tokenizer
@@ -381,7 +381,7 @@ def test_experts_json(tmp_path):
             if model.gate is not None:
                 experts = choose_experts(model, ByteTokenizer, ["a", "bb"], rng.choice(("mixture", "sparse")))
                 use_expert(model, experts)
-                losses.gate_report(model)
+                lora_moe.gate_report(model)
             generate(model, [[1, 2], [4, 5]], 2)
         return f"{name}/{what}", use, folder
     fuzz("experts", prepare)

@@ -12,7 +12,7 @@ import pytest
 import eval as eval_file
 from conftest import json_lines, line_of
 from eval import BETTER, Judge, judge_metrics, judge_requests, read_verdict, refuses, repeats
-from losses import win_rate
+from report import win_rate
 
 KEY = "sk-very-secret-0123456789"
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import report as report_file
 import eval as eval_file
 import train
 from conftest import BASE, load_run, log_softmax, pair_logps, preference_pairs, run
 from batch import Encoded
-from losses import expert_margins
+from report import expert_margins
 from lora_moe import expert_layers, mixture_logps
 from model import Transformer
 
@@ -35,7 +36,7 @@ def report_of(monkeypatch):
         parts = {id(encoded): (torch.tensor(margins), torch.tensor(log_gate).expand(len(margins), -1)),
                  id(other): (held_out and torch.tensor(held_out[1]), None)}
         monkeypatch.setattr(eval_file, "expert_margins", lambda forward, model, part, *settings: parts[id(part)])
-        return eval_file.mixture_report(None, encoded, other, beta=0.3, batch_size=4)
+        return report_file.mixture_report(None, encoded, other, beta=0.3, batch_size=4)
     return report_of
 
 

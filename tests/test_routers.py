@@ -13,7 +13,8 @@ import lora_moe
 from conftest import (FIXTURES, edit_tensors, encoded_of, line_of, load_fixture, logits_of, moved_experts, pieces,
                       relative_error)
 from batch import pack
-from losses import expert_group_soft_loss, group_targets, router_l1, router_table
+from losses import expert_group_soft_loss, group_targets, router_l1
+from report import router_table
 from lora_moe import (ConstantRouter, ExpertLinear, SigmoidRouter, SoftmaxRouter, add_experts, disable_experts,
                       expert_layers, is_routed, load_experts, merge_experts, router_weights, save_experts,
                       set_routers)
