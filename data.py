@@ -7,12 +7,10 @@ import codecs
 import difflib
 import gzip
 import hashlib
-import importlib
 import itertools
 import json
 import lzma
 import re
-import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -21,12 +19,10 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
-from tqdm import tqdm
 
-from batch import score
 from chat import Tokenizer
-from common import DTYPES, KINDS, UserError, content_hash, files_hash, first_line, whole_lines, write_text
-from model import FAMILIES, ScoreModel, Transformer, find_folder, generate, read_config
+from common import DTYPES, KINDS, UserError, first_line
+from model import FAMILIES, ScoreModel, find_folder, read_config
 
 
 @dataclass(slots=True)
@@ -560,113 +556,3 @@ def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
                         "score_head.weight")
     model = ScoreModel.from_pretrained(folder, DTYPES[dtype], device).eval()
     return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))
-
-
-def add_margins(train, held_out, name, folder, template=None, dtype="float32", device="cpu"):
-    """Give pairs their margins m = max(0, ±(s(chosen) − s(rejected))) by the score model in `folder`, in place; without
-    one they keep those of the scores in the data. Returns a line about the training pairs' margins.
-
-    name: "reward" or "cost", whichever judges their view. Raises UserError when a pair has no margin.
-    """
-    if folder:
-        score_model = load_score_model(folder, template, dtype, device)
-        for pairs in (train, held_out):
-            texts = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
-            scores = np.reshape(score(*score_model, texts, device=device, batch_size=64) if texts else [], (-1, 2))
-            for pair, (chosen, rejected) in zip(pairs, scores.tolist()):
-                pair.margin = score_margin(name, chosen, rejected)
-    margins = [pair.margin for pair in train]
-    if None in margins:
-        raise UserError(f"no margins: {margins.count(None)} of {len(margins)} pairs have no scores.{name}; name a "
-                        f"score model with --{name}_model, or score the data (eval.py --score)")
-    return (f"margins by {folder or 'the scores in the data'}: mean {np.mean(margins):.3g}, clipped to 0 in "
-            f"{margins.count(0.0) / len(margins):.1%} of the pairs")
-
-
-# Preference data, scored or made
-
-BLOCK = 256  # rows that are scored and written at a time
-
-
-def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dtype="float32", device="cpu",
-               skip_bad_rows=False):
-    """Write every row of a preference file with `scores` added: {"reward": [a number for each response], …}.
-
-    models: name -> folder or hub id. Rows keep their order. An interrupted call leaves out.<hash>.partial, with which
-    the next one goes on; the hash of rows, models and settings keeps other scores out of it.
-    """
-    path, out = Path(path), Path(out)
-    if not path.is_file():
-        raise UserError(f"--score {path}: no such file")
-    folders = {name: find_folder(model) for name, model in models.items()}
-    weights = [(name, files_hash(folder)) for name, folder in folders.items()]
-    work = content_hash([path], weights, template, max_len, dtype, skip_bad_rows)
-    score_models = {name: load_score_model(folder, template, dtype, device) for name, folder in folders.items()}
-    partial, counts = out.with_name(f"{out.name}.{work[:12]}.partial"), Counter()
-    done = whole_lines(partial)
-    rows = (row for row in read_rows([path], counts, skip_bad_rows) if row[1] is not None)  # not those of messages
-    for _ in itertools.islice(rows, done):
-        pass
-    with open(partial, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(
-            initial=done, desc="scores", unit="row") as bar:
-        while block := list(itertools.islice(rows, BLOCK)):
-            texts = [(prompt, response) for _, prompt, responses, *_ in block for response in responses]
-            scores = {name: iter(score(*score_model, texts, max_len, batch_size, device))
-                      for name, score_model in score_models.items()}
-            for row, _, responses, *_ in block:
-                added = {name: list(itertools.islice(values, len(responses))) for name, values in scores.items()}
-                row["scores"] = {**(row["scores"] or {}), **added}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update(len(block))
-    partial.replace(out)
-    print(", ".join(f"{count} {name}" for name, count in counts.items()) + f": scored by {', '.join(models)}, in {out}")
-
-
-def load_scorer(name, template, max_len, batch_size, dtype, device):
-    """(short name, function of [(prompt, response)] to scores) of a score model, or of a Python function of your own,
-    "module:function", which is called with a prompt and a response and returns a number."""
-    if ":" in name and not Path(name).exists():
-        module, _, function = name.partition(":")
-        sys.path.insert(0, ".")
-        try:
-            score_one = getattr(importlib.import_module(module), function)
-            float(score_one("a prompt", "a response"))
-        except Exception as error:  # it is the user's own program
-            raise UserError(f"--reward_model {name}: {type(error).__name__}: {first_line(error)}") from None
-        return function, lambda texts: [float(score_one(prompt, response)) for prompt, response in texts]
-    score_model, path = load_score_model(name, template, dtype, device), Path(name)
-    short = path.parent.name if path.name == "model" else path.name  # out/cost/model is cost
-    return short, lambda texts: score(*score_model, texts, max_len, batch_size, device)
-
-
-def make_pairs(prompts, policy, scorers, out, template=None, samples=4, max_new_tokens=64, temperature=1.0,
-               batch_size=16, dtype="float32", device="cpu", seed=0):
-    """Sample responses to each prompt from a policy, and for each scorer write the best against the worst of them:
-    {"prompt", "chosen", "rejected", "ended", "group": the scorer, "scores"}; none where all responses score alike.
-
-    This is the protocol of Mix-DPO's IMDb study (arXiv 2510.08256, Section 5): GPT-2, several rewards, one data set.
-    """
-    out = Path(out)
-    folder = find_folder(policy)
-    model, tokenizer = Transformer.from_pretrained(folder, DTYPES[dtype], device).eval(), Tokenizer(folder, template)
-    tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts])
-    stops, counts, rows = {*model.config.eos_ids, *tokenizer.stop_ids}, Counter(), []
-    for start in tqdm(range(0, len(prompts), batch_size), desc="pairs", unit="batch"):
-        batch = [(prompt, ids) for prompt, ids in zip(prompts[start:start + batch_size], tokens[start:])
-                 for _ in range(samples)]
-        outputs = generate(model, [ids for _, ids in batch], max_new_tokens, temperature, eos_ids=stops, seed=seed)
-        texts = [(prompt, tokenizer.answer(before, ids)) for (prompt, before), ids in zip(batch, outputs)]
-        for name, scorer in scorers:
-            scores = scorer(texts)
-            for i in range(0, len(texts), samples):
-                best, worst = (f(range(i, i + samples), key=lambda j: scores[j]) for f in (max, min))
-                if scores[best] > scores[worst]:
-                    rows.append({"prompt": texts[i][0], "chosen": texts[best][1], "rejected": texts[worst][1],
-                                 "ended": [outputs[j][-1] in stops for j in (best, worst)], "group": name,
-                                 "scores": {name: [scores[best], scores[worst]]}})
-                counts[name] += scores[best] > scores[worst]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
-    print(f"{len(prompts)} prompts, {samples} responses each; pairs: "
-          + ", ".join(f"{count} {name}" for name, count in counts.items()) + f", in {out}")

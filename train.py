@@ -25,8 +25,9 @@ from batch import batches, encode_pairs, epoch_order, pack, policy_logps, precis
 from chat import TEMPLATES, TEMPLATE_NAMES, Tokenizer
 from common import (DTYPES, Parser, UserError, as_command, atomic_folder, check_device, check_values, content_hash,
                     files_hash, is_part, numbers, setting, source_names, stop_signals, weighted_names, whole, write_text)
-from data import SOURCES, VIEWS, add_margins, apply_view, carry_scores, check_source, flip_labels, load_sources, require
+from data import SOURCES, VIEWS, apply_view, carry_scores, check_source, flip_labels, load_sources, require
 from eval import evaluate_run, gate_weights, load_start
+from judges import add_margins
 from lora_moe import (adapter_warnings, add_experts, add_gate, add_head_copies, cached_logps, count_experts,
                       disable_experts, expert_layers, freeze_experts, is_mixture, is_router, load_adapter, load_trained,
                       mixture_logps, perturb_experts, pooled_states, read_adapter_config, router_weights, save_trained,

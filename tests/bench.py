@@ -37,7 +37,7 @@ import losses  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from batch import Encoded, pack  # noqa: E402
-from eval import refuses  # noqa: E402
+from judges import refuses  # noqa: E402
 from lora_moe import add_experts, router_weights, trainable_parameters  # noqa: E402
 from model import ModelConfig, Transformer, generate, stream  # noqa: E402
 

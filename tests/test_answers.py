@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 
+import judges
 import batch as batch_file
 import model as model_file
 import eval as eval_file
@@ -249,7 +250,7 @@ def test_a_judge_over_http_fills_its_columns_and_a_dry_run_asks_nothing(policy, 
     evaluate(policy, "--judge", "http://127.0.0.1:9/v1", "--judge_model", "gpt", "--judge_dry_run")
     requests = json_lines("out/eval-asked-requests.jsonl")
     assert len(requests) == len(ASKED) * (2 + 4) and f"{len(requests)} requests, about" in capsys.readouterr().out
-    monkeypatch.setattr(eval_file.Judge, "ask_all", lambda self, requests: [
+    monkeypatch.setattr(judges.Judge, "ask_all", lambda self, requests: [
         {"better": "A"} if keys == ("better",) else {"refusal": "none", "harm": 3, "helpfulness": 7}
         for _, keys in requests])
     row = evaluate(policy, "--judge", "http://127.0.0.1:9/v1", "--judge_model", "gpt")["rows"][policy]

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import judges
 import eval as eval_file
 from conftest import json_lines, line_of
-from eval import BETTER, Judge, judge_metrics, judge_requests, read_verdict, refuses, repeats
+from judges import BETTER, Judge, judge_metrics, judge_requests, read_verdict, refuses, repeats
 from report import win_rate
 
 KEY = "sk-very-secret-0123456789"
@@ -276,4 +277,4 @@ def test_without_a_key_the_hubs_token_is_not_sent(judge, monkeypatch):
 def test_the_texts_ask_for_one_line_of_json():
     text = BETTER.format(what="helpful", meaning="m", prompt="p", first="a", second="b")
     assert '{"better": "A"}' in text and '{"better": "tie"}' in text
-    assert np.all([name in eval_file.SINGLE for name in ("refusal", "harm", "helpfulness")])
+    assert np.all([name in judges.SINGLE for name in ("refusal", "harm", "helpfulness")])

@@ -12,6 +12,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
+import judges
 import batch as batch_file
 import data
 import eval as eval_file
@@ -274,7 +275,7 @@ def test_scores_that_a_row_has_by_other_names_stay(judges, tmp_path):
 def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(10)))
     whole = score_file(judges, tmp_path / "whole.jsonl", file)
-    monkeypatch.setattr(data, "BLOCK", 4)
+    monkeypatch.setattr(judges, "BLOCK", 4)
     score, calls = batch_file.score, []
 
     def stops(*arguments):
@@ -306,7 +307,7 @@ def test_a_partial_file_by_another_score_model_is_not_gone_on_with(judges, tmp_p
         if any(len(path.read_text().splitlines()) == 2 for path in tmp_path.glob("*.partial")):
             raise KeyboardInterrupt
         return score(*arguments)
-    monkeypatch.setattr(data, "BLOCK", 2)
+    monkeypatch.setattr(judges, "BLOCK", 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "score", stops)
         score_file({**judges, "reward": reward}, out, file)
