@@ -9,7 +9,6 @@
     python eval.py --score pairs.jsonl --reward_model DIR --cost_model DIR --out scored.jsonl
     python eval.py --make_pairs prompts.txt --model gpt2 --reward_model DIR,module:function --out pairs.jsonl
 """
-import argparse
 import csv
 import json
 import math
@@ -29,8 +28,8 @@ from common import (DTYPES, Parser, UserError, as_command, check_device, check_v
                     first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
 from data import check_source, get_prompt, load_sources, parse_line, read_lines, source_files
 from judges import judge_answers, load_scorer, make_pairs, refuses, repeats, score_answers, score_file
-from lora_moe import (GATES, LOGPS_CACHE, cached_logps, choose_experts, count_experts, export_experts, gate_report,
-                      is_routed, load_adapter, load_trained, merge_experts, set_routers, use_expert, weights_hash)
+from lora_moe import (LOGPS_CACHE, cached_logps, choose_experts, count_experts, export_experts, gate_report, is_routed,
+                      load_adapter, load_trained, merge_experts, set_routers, use_expert, weights_hash)
 from model import Transformer, find_folder, read_config, stream
 from report import load_pyplot, markdown_table, measured, plot, router_report, router_table, terminal_table
 from runs import Processes
@@ -351,17 +350,6 @@ def evaluate_answers(runs, args):
         plot(rows, columns, routers, gates, runs, out)
     if trouble:
         raise trouble
-
-
-def gate_weights(text):
-    """The name of a learned gate, or the fixed weights of one: "0.3,0.7"."""
-    try:
-        weights = text if text in GATES else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        weights = ()
-    if not weights or text not in GATES and not all(0 < weight < math.inf for weight in weights):
-        raise argparse.ArgumentTypeError(f"expected {', '.join(GATES)} or positive numbers with commas, not {text!r}")
-    return weights
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bench_train  # noqa: E402
+import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
 import common  # noqa: E402
 import losses  # noqa: E402
@@ -163,7 +164,7 @@ def peak_of_steps(folders, flags):
     encoded.labels["reference"] = np.zeros((1, 2), dtype=np.float32)
     for folder in folders:
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        config = train.parse_flags(["--method", "dpo", "--model", folder, "--device", "cpu", *flags])
+        config = methods.parse_flags(["--method", "dpo", "--model", folder, "--device", "cpu", *flags])
         model = train.load_model(config, folder).train()
         parameters = trainable_parameters(model)
         optimizer = train.make_optimizer(parameters, config)

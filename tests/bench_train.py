@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
 import model as model_file  # noqa: E402
 import lora_moe  # noqa: E402
@@ -160,7 +161,7 @@ def bench_train(work, device, epochs, peer):
     dtype = "bfloat16" if cuda else "float32"
     flags = [*FLAGS, "--model", work / "model", "--data", work / "pairs.jsonl", "--epochs", epochs, "--device", device,
              "--dtype", dtype, *(["--compile"] if cuda else [])]
-    config = train.parse_flags([*map(str, flags)])
+    config = methods.parse_flags([*map(str, flags)])
     encoded, _ = train.load_data(config, Tokenizer(config.model, config.template))
     real, packed, padded, predicted, squares = tokens_of(encoded, train.training_order(encoded, config), config)
     shapes = products(model, int(real.mean()), int(predicted.mean()))
@@ -220,7 +221,7 @@ def unshared(state):
 
 
 def set_forward(forward):
-    train.METHODS["dpo"] = replace(train.METHODS["dpo"], forward=forward)
+    methods.METHODS["dpo"] = replace(methods.METHODS["dpo"], forward=forward)
 
 
 def reference_again(state):
@@ -293,10 +294,10 @@ def child(work, change="all of it", flags=()):
     """The steps of train.py over the pairs of a work folder, twice: prints the seconds of the second time."""
     torch.set_flush_denormal(True)  # before there are threads, which take it over; they would not later
     change = ABLATIONS[change]
-    config = train.parse_flags([*FLAGS, "--model", f"{work}/model", "--data", f"{work}/pairs.jsonl", "--device", "cpu",
+    config = methods.parse_flags([*FLAGS, "--model", f"{work}/model", "--data", f"{work}/pairs.jsonl", "--device", "cpu",
                                 *flags, *(() if callable(change) else change)])
     encoded, _ = train.load_data(config, Tokenizer(config.model, config.template))
-    config = train.METHODS[config.method].settle(config, encoded.groups)
+    config = methods.METHODS[config.method].settle(config, encoded.groups)
     model = train.load_model(config, Path(config.model), encoded.groups)
     encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
     parameters = lora_moe.trainable_parameters(model.train())

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
+import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
 import eval as eval_file  # noqa: E402
 import toy  # noqa: E402
@@ -240,10 +241,10 @@ def make_small(patch):
     patch.setattr(toy, "MODEL", SMALL_MODEL)
     patch.setattr(toy, "DEMONSTRATIONS", 312)
     patch.setattr(toy, "COMPARISONS", COMPARISONS)
-    patch.setitem(train.TOY, "lora_rank", 0)
-    patch.setitem(train.TOY, "lr", lambda values: 3e-4 if values["lora_rank"] else 1.8e-5)
+    patch.setitem(methods.TOY, "lora_rank", 0)
+    patch.setitem(methods.TOY, "lr", lambda values: 3e-4 if values["lora_rank"] else 1.8e-5)
     for name, rate in (("reward", 3e-2), ("cost", 3e-2), ("spe-dpo", 1e-2)):
-        patch.setitem(train.METHODS[name].toy, "lr", rate)
+        patch.setitem(methods.METHODS[name].toy, "lr", rate)
     patch.setattr(toy, "eval_prompts", lambda split, seed: eval_prompts(split, seed)[::17])
 
 
@@ -305,8 +306,8 @@ def timeless(folder):
 
 def load_run(*flags, groups=()):
     """(config, model, tokenizer) as a run with these flags has them before its first step."""
-    config = train.parse_flags([*map(str, flags), "--device", "cpu"])
-    config = train.METHODS[config.method].settle(config, groups)
+    config = methods.parse_flags([*map(str, flags), "--device", "cpu"])
+    config = methods.METHODS[config.method].settle(config, groups)
     base = train.base_folder(config)
     return config, train.load_model(config, base, groups), Tokenizer(base, config.template)
 

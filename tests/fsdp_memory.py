@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import methods  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from conftest import encoded_of  # noqa: E402
@@ -74,7 +75,7 @@ def measure(flags, processes):
         if processes.rank == 0:
             toy.init_weights(Transformer(ModelConfig.from_hf(SMALL)).requires_grad_(False), 0).save_pretrained(folder)
         processes.once(lambda: None)
-        config = train.parse_flags(["--method", "sft", "--model", str(folder), "--device", "cpu", "--fsdp",
+        config = methods.parse_flags(["--method", "sft", "--model", str(folder), "--device", "cpu", "--fsdp",
                                     "--batch_size", "1", "--max_steps", "3", *flags])
         before = kilobytes("VmRSS")
         model = train.load_model(config, folder, (), processes)

@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import methods  # noqa: E402
 import train  # noqa: E402
 from batch import pack  # noqa: E402
 from common import write_text  # noqa: E402
@@ -24,7 +25,7 @@ PROBE, EVERY = 128, 40  # pairs of each preference that a gradient is taken of; 
 
 def record_margins(config):
     """Train as `config` says; returns [{"step", quantiles of Δr, "passed": share with Δr > Δ}] over the training."""
-    method, seen = train.METHODS["safedpo"], []
+    method, seen = methods.METHODS["safedpo"], []
 
     def recording(logps, reference, batch, config):
         ratio = (logps - reference).detach()
@@ -33,7 +34,7 @@ def record_margins(config):
             seen.append((config.beta * (ratio[:, 0] - ratio[:, 1]))[unsafe])
         return method.loss(logps, reference, batch, config)
 
-    train.METHODS["safedpo"] = replace(method, loss=recording)
+    methods.METHODS["safedpo"] = replace(method, loss=recording)
     train.run(config)
     rows = []
     for part in np.array_split(np.arange(len(seen)), 20):
@@ -82,7 +83,7 @@ def main():
     what, _, only = sys.argv[1].partition(":")
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
-    config = train.parse_flags(sys.argv[2:])
+    config = methods.parse_flags(sys.argv[2:])
     rows = record_margins(config) if what == "margins" else record_conflict(config, only)
     write_text(Path(config.out) / f"{what}.json", json.dumps({"rows": rows}) + "\n")
 

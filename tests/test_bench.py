@@ -2,6 +2,7 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import methods
 import lora_moe
 import train
 from bench_train import products
@@ -22,7 +23,7 @@ def test_products_are_the_matrix_products_of_a_step_but_for_those_of_lora():
     lora_moe.add_experts(model, ["down_proj"], rank, 4)
     encoded.labels["reference"] = torch.zeros(1, 2).numpy()
     parameters = lora_moe.trainable_parameters(model)
-    config = train.parse_flags(["--method", "dpo", "--device", "cpu"])
+    config = methods.parse_flags(["--method", "dpo", "--device", "cpu"])
     with CountProducts() as counter:
         train.train_step(model, parameters, train.make_optimizer(parameters, config), encoded, [[0]], config, {})
     c, tokens, predicted = model.config, 18, 9

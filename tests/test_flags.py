@@ -10,7 +10,7 @@ import pytest
 import toy
 import train
 from conftest import BASE, ROOT, check_mistake, grouped_file, mistake, write_rows
-from train import Config, parse_flags
+from methods import Config, parse_flags
 
 # Mistakes
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import methods
 import model
 import toy
 import train
@@ -100,7 +101,7 @@ def load_deep(patch, processes):
     patch.setattr(model, "read_tensors", watching)
     gc.collect()
     gc.freeze()
-    deep = train.load_model(train.parse_flags(["--fsdp", "--device", "cpu"]), Path("deep"), (), processes)
+    deep = train.load_model(methods.parse_flags(["--fsdp", "--device", "cpu"]), Path("deep"), (), processes)
     gc.collect()
     return {"peak": max(peaks), "held": live_bytes(), "blocks": len(deep.model.layers)}
 

@@ -27,6 +27,7 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+import methods
 import lora_moe
 import batch as batch_file
 import common
@@ -322,7 +323,7 @@ ADAPTERS = {"adapter_list": "llama", "adapter_regex": "llama", "adapter_rslora":
 
 def use_adapter(folder, base):
     """What a run does with --init_adapter."""
-    train.resolve({"model": str(FIXTURES / base), "data": [str(LAYOUTS / "pairs.jsonl")], "method": "dpo",
+    methods.resolve({"model": str(FIXTURES / base), "data": [str(LAYOUTS / "pairs.jsonl")], "method": "dpo",
                    "init_adapter": [str(folder)], "device": "cpu"})
     model = load_adapter(load_fixture(base), folder)
     adapter_warnings(model, [folder])
@@ -582,7 +583,7 @@ def test_command_lines(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("How do I sew?\n")
     (tmp_path / "run").mkdir()
     there = sorted(tmp_path.rglob("*"))
-    starts = [["--method", method, *more] for method in train.METHODS for more in ([], [], [
+    starts = [["--method", method, *more] for method in methods.METHODS for more in ([], [], [
         "--model", "model", "--data", "pairs.jsonl", "--template", "plain"])]
     asks = [["run"], ["run", "--prompts", "prompts.txt"], ["--merge", "run", "--out", "merged"],
             ["--export", "run", "--out", "merged"], ["--make_pairs", "prompts.txt", "--model", "model",
@@ -591,7 +592,7 @@ def test_command_lines(tmp_path, monkeypatch):
 
     def prepare(rng):
         program = rng.choice((train, eval_file))
-        settings = train.Config if program is train else eval_file.Settings
+        settings = methods.Config if program is train else eval_file.Settings
         words = command_line(rng, settings, rng.choice(starts if program is train else asks))
 
         def use():

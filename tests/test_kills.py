@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+import methods
 import chat
 import runs as runs_file
 import train
@@ -147,7 +148,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_named(quick, mon
     assert all(np.isfinite(value) for row in logged for value in row.values())
     assert "loss" not in logged[2] and 0.1 < logged[0]["loss"] / logged[1]["loss"] < 10
     shown = capsys.readouterr()
-    config = train.parse_flags([*map(str, FLAGS), "--device", "cpu"])
+    config = methods.parse_flags([*map(str, FLAGS), "--device", "cpu"])
     order = train.training_order(train.load_data(config, chat.Tokenizer(train.base_folder(config)))[0], config)
     for i in (1, 4, 5):
         assert f"pairs {', '.join(map(str, order[8 * i:8 * i + 8]))}" in shown.out

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+import methods
 import train
 from conftest import BASE, line_of, load_run, mistake, preference_pairs, rows, run, scored_file, write_rows
 from data import Comparison, apply_view, load_sources, require
@@ -176,7 +177,7 @@ def test_pairs_without_an_annotator_have_a_latent_expert_each(quick):
              "--lora_rank", 4)
     config, model, tokenizer = load_run(*flags, groups=("curtness 001", "warmth 000"))
     encoded, _ = train.load_data(config, tokenizer)
-    train.prepare_mixture(model, encoded, config)
+    methods.prepare_mixture(model, encoded, config)
     annotator = torch.from_numpy(encoded.labels["annotator"])
     assert len(set(annotator[6:].tolist())) == 6 and not set(annotator[:6].tolist()) & set(annotator[6:].tolist())
     policy, reference, gate = torch.randn(2, 12, 2), torch.zeros(2, 12, 2), torch.full((12, 2), 0.5).log()

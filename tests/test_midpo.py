@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import methods
 import eval as eval_file
 import toy
 import train
@@ -59,9 +60,9 @@ def stage_stamps(mixture):
 
 def test_the_plan_lists_the_five_runs_and_changes_nothing(place):
     """Score models, then the experts by their margins, then the routers over the experts."""
-    config = train.parse_flags([*map(str, FLAGS), *"--beta 0.2 --seed 1 --out out/new --device cpu".split()])
+    config = methods.parse_flags([*map(str, FLAGS), *"--beta 0.2 --seed 1 --out out/new --device cpu".split()])
     before = asdict(config)
-    plan = train.plan(config)
+    plan = methods.plan(config)
     assert [(one.out, one.method, one.view) for one in plan] == [
         ("out/new/reward", "reward", "helpful"), ("out/new/cost", "cost", "cost"),
         ("out/new/safety", "spe-dpo", "safety"), ("out/new/helpful", "spe-dpo", "helpful"),
@@ -74,13 +75,13 @@ def test_the_plan_lists_the_five_runs_and_changes_nothing(place):
 
 
 def test_a_plan_to_resume_resumes_every_run(place):
-    config = train.parse_flags([*map(str, FLAGS), "--resume", "--out", "out/new", "--device", "cpu"])
-    assert len(train.plan(config)) == 5 and all(one.resume for one in train.plan(config))
+    config = methods.parse_flags([*map(str, FLAGS), "--resume", "--out", "out/new", "--device", "cpu"])
+    assert len(methods.plan(config)) == 5 and all(one.resume for one in methods.plan(config))
 
 
 def test_a_method_without_prerequisites_is_a_plan_of_one_run(place):
-    config = train.parse_flags(["--method", "safedpo", "--device", "cpu"])
-    assert train.plan(config) == [config]
+    config = methods.parse_flags(["--method", "safedpo", "--device", "cpu"])
+    assert methods.plan(config) == [config]
 
 
 # The runs before the routers

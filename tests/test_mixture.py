@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import methods
 import batch as batch_file
-import train
 from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line_of, log_softmax, logits_of, pieces,
                       relative_error, tiny)
 from chat import Tokenizer
@@ -34,9 +34,9 @@ KINDS = {  # the settings that make experts in a model: whole adapters, LoRA hea
 def mixture(kind, experts=3, seed=0, groups=("a", "b"), **settings):
     """A tiny model under experts that differ, as a run builds it."""
     shape, others = KINDS[kind]
-    config = train.resolve({}, {"method": "mix-dpo", "experts": experts, "lora_rank": 2, "lora_alpha": 3.0,
+    config = methods.resolve({}, {"method": "mix-dpo", "experts": experts, "lora_rank": 2, "lora_alpha": 3.0,
                                 "seed": seed, "expert_noise": 0.3, "device": "cpu", **others, **settings})
-    return perturb_experts(train.build_mixture(config, tiny(shape), groups), config.expert_noise, seed)
+    return perturb_experts(methods.build_mixture(config, tiny(shape), groups), config.expert_noise, seed)
 
 
 def encoded_pairs(items=PAIRS, groups=None):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import methods
 import train
 from conftest import encoded_of, load_run, run, small_pairs
 from batch import encode_pairs, epoch_order
@@ -80,8 +81,8 @@ def test_annotators_with_a_latent_expert_each_have_their_pairs_together(latent):
     encoded = encoded_of([(2, 1, 1)] * 60)
     encoded.groups = tuple(f"{taste} {number:03}" for number in range(3) for taste in ("warmth", "curtness"))
     encoded.labels["group"] = np.arange(60) % 6
-    config = train.resolve({"method": "mix-dpo", "latent": latent, "annotators": 6, "epochs": 1, "device": "cpu"})
-    train.prepare_mixture(None, encoded, config)
+    config = methods.resolve({"method": "mix-dpo", "latent": latent, "annotators": 6, "epochs": 1, "device": "cpu"})
+    methods.prepare_mixture(None, encoded, config)
     order = train.training_order(encoded, config)
     turns = [number for number, _ in itertools.groupby(encoded.labels["group"][order])]
     assert sorted(order) == list(range(60)) and (len(turns) == 6) == (latent == "annotator")

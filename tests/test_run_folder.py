@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import methods
 import batch as batch_file
 import runs as runs_file
 import eval as eval_file
@@ -154,7 +155,7 @@ def test_a_runs_settings_have_a_hash_of_each_of_its_inputs(tmp_path, monkeypatch
     for name in names:
         Path(name).mkdir()
         (Path(name) / "file").write_text("as it was")
-    config = replace(train.parse_flags(["--device", "cpu"]), data=("rows",), reward_model="reward", cost_model="cost",
+    config = replace(methods.parse_flags(["--device", "cpu"]), data=("rows",), reward_model="reward", cost_model="cost",
                      init_adapter=("safety", "helpful"), references=("reference",))
     before = train.run_settings(config, Path("base"))
     for name in names:

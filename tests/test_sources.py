@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import methods
 import train
 from conftest import BASE, LAYOUTS, grouped_file, line_of, load_run, pieces, rows, run, write_rows
 from data import Comparison, flip_labels, load_comparisons, prompt_hash, read_comparisons, source_files
@@ -132,10 +133,10 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
 
 def test_a_path_with_a_comma_in_it_is_one_source(tmp_path):
     file = write_rows(tmp_path / "rows,of,mine.jsonl", ROW)
-    assert train.parse_flags(["--data", str(file)]).data == (str(file),)
+    assert methods.parse_flags(["--data", str(file)]).data == (str(file),)
     other = write_rows(tmp_path / "others.jsonl", ROW)
-    assert train.parse_flags(["--data", f"{other},hh-rlhf"]).data == (str(other), "hh-rlhf")
-    assert "--data toy" in line_of(train.parse_flags, ["--data", f"toy,{other}"])
+    assert methods.parse_flags(["--data", f"{other},hh-rlhf"]).data == (str(other), "hh-rlhf")
+    assert "--data toy" in line_of(methods.parse_flags, ["--data", f"toy,{other}"])
 
 
 def test_an_offline_hub_and_an_unknown_source_are_one_line(monkeypatch):
@@ -146,7 +147,7 @@ def test_an_offline_hub_and_an_unknown_source_are_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"--data hh-rlhf: the hub does not list Anthropic/hh-rlhf \(no network\)"):
         source_files("hh-rlhf")
     with pytest.raises(UserError, match="--data hh-rlfh: neither a file or folder .*; did you mean hh-rlhf?"):
-        train.parse_flags(["--data", "hh-rlfh"])
+        methods.parse_flags(["--data", "hh-rlfh"])
 
 
 # Splits and label noise

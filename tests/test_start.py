@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import methods
 import data
-import train
 from conftest import BASE, first_batch, load_run, logp_alone, mistake, pair_logps, rows, run, small_pairs, ids_of
 from chat import Tokenizer
 from lora_moe import adapter_warnings, base_hash, load_adapter, merge_experts, trainable_parameters
@@ -56,7 +56,7 @@ def test_safedpo_goes_on_from_dpo_and_learns(adapter):
 
 
 def test_rank_targets_and_learning_rate_follow_the_adapter(adapter):
-    config = train.parse_flags(["--method", "dpo", "--model", BASE, "--init_adapter", adapter, "--device", "cpu"])
+    config = methods.parse_flags(["--method", "dpo", "--model", BASE, "--init_adapter", adapter, "--device", "cpu"])
     assert (config.lora_rank, config.lora_alpha, config.lr) == (4, 8.0, 1e-5)
     assert sorted(config.lora_targets) == ["down_proj", "q_proj"]
     out = run("dpo", "--method", "dpo", "--init_adapter", adapter, "--max_steps", 1)
@@ -75,8 +75,8 @@ def test_one_policy_starts_from_one_adapter(adapter):
 def test_folders_may_have_spaces_and_commas_and_a_flag_may_be_given_twice(adapter, quick):
     path = quick / "an adapter, twice"
     Path(adapter).rename(path)
-    assert train.parse_flags(["--method", "dpo", "--init_adapter", str(path)]).init_adapter == (str(path),)
-    config = train.parse_flags(["--method", "mix-dpo", "--init_adapter", str(path), "--init_adapter", str(path)])
+    assert methods.parse_flags(["--method", "dpo", "--init_adapter", str(path)]).init_adapter == (str(path),)
+    config = methods.parse_flags(["--method", "mix-dpo", "--init_adapter", str(path), "--init_adapter", str(path)])
     assert config.init_adapter == (str(path), str(path)) and config.experts == 2
 
 
@@ -163,7 +163,7 @@ def test_a_model_trained_with_a_built_in_template_is_saved_with_it(quick):
 
 def test_presets_of_real_models_are_those_of_the_papers_and_their_code(quick):
     def value(method, name, *flags):
-        return getattr(train.parse_flags(["--method", method, "--model", BASE, "--data", "hh-rlhf", *flags]), name)
+        return getattr(methods.parse_flags(["--method", method, "--model", BASE, "--data", "hh-rlhf", *flags]), name)
     assert value("sft", "lr") == 2e-5 and value("sft", "lr", "--lora_rank", "8") == 1e-4
     assert value("safedpo", "lr") == 1e-6 and value("safedpo", "delta") == 10 and value("safedpo", "beta") == 0.1
     assert value("reward", "lr") == 2e-5 and value("cost", "epochs") == 2 and value("reward", "score_l2") == 0.001

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import methods
 import batch as batch_file
 import model as model_file
 import lora_moe
@@ -29,12 +30,12 @@ METHODS = {
 def ready(method, *flags, device="cpu", processes=ALONE):
     """(config, model, encoded pairs) of a run as they are before its first step; experts have moved, as if trained."""
     flags = "--method", method.split()[0], *METHODS[method], *flags
-    config = train.parse_flags([*map(str, flags), "--device", device])
+    config = methods.parse_flags([*map(str, flags), "--device", device])
     encoded, _ = train.load_data(config, Tokenizer(train.base_folder(config)))
-    config = train.METHODS[config.method].settle(config, encoded.groups)
+    config = methods.METHODS[config.method].settle(config, encoded.groups)
     model = train.load_model(config, train.base_folder(config), encoded.groups, processes)
-    train.METHODS[config.method].prepare(model, encoded, config)
-    if train.METHODS[config.method].reference:
+    methods.METHODS[config.method].prepare(model, encoded, config)
+    if methods.METHODS[config.method].reference:
         encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
     return config, perturb_experts(model, 0.05, 3).train(), encoded
 

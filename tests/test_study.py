@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import methods
 import data
 import study
 import study_pictures
@@ -32,7 +33,7 @@ def test_every_row_is_a_command_line_of_its_own(tmp_path, monkeypatch):
                 words = words[words.index("--method"):]
                 for place in [i for i, word in enumerate(words) if "DIR" in word][::-1]:
                     del words[place - 1:place + 1]  # a folder of the step before, which is not there yet
-                train.parse_flags([*words, "--device", "cpu"])
+                methods.parse_flags([*words, "--device", "cpu"])
             assert where.split()[0].endswith(".json")
     assert study_pictures.PICTURES.keys() <= study.STUDIES.keys()
 
@@ -194,12 +195,12 @@ def test_other_comparisons_are_read_back_with_all_labels(tmp_path, monkeypatch):
 
 
 def test_margins_and_conflicts_are_recorded(quick, monkeypatch):
-    monkeypatch.setitem(train.METHODS, "safedpo", train.METHODS["safedpo"])  # both are put back after the test
+    monkeypatch.setitem(methods.METHODS, "safedpo", methods.METHODS["safedpo"])  # both are put back after the test
     monkeypatch.setattr(train, "train_step", train.train_step)
     monkeypatch.setattr(study_record, "EVERY", 2)
-    config = train.parse_flags("--method safedpo --epochs 3 --device cpu --out out/margins".split())
+    config = methods.parse_flags("--method safedpo --epochs 3 --device cpu --out out/margins".split())
     rows = study_record.record_margins(config)
     assert rows and all(row["q10"] <= row["q50"] <= row["q90"] and row["passed"] == 0 for row in rows)
     flags = f"--method dpo --data {study_runs.pairs_file('joint', 0)} --max_steps 5 --device cpu --lora_rank 2"
-    rows = study_record.record_conflict(train.parse_flags(f"{flags} --out out/conflict".split()), "harmlessness")
+    rows = study_record.record_conflict(methods.parse_flags(f"{flags} --out out/conflict".split()), "harmlessness")
     assert [row["step"] for row in rows] == [2, 4] and all(-1 <= row["0"] <= 1 for row in rows)

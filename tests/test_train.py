@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import methods
 import eval as eval_file
 import lora_moe
 import model as model_file
@@ -385,7 +386,7 @@ def test_accumulated_small_batches_train_as_one_large_batch(place):
 
 def test_the_optimiser_is_adamw_with_these_betas_and_no_decay_of_vectors():
     """Three steps on the same gradients in float64: m and v are running means with weights 0.9 and 0.95."""
-    config = train.resolve({"lr": 0.1, "weight_decay": 0.5, "device": "cpu"})
+    config = methods.resolve({"lr": 0.1, "weight_decay": 0.5, "device": "cpu"})
     gradients = {"matrix": (2.0, -0.5, 0.1), "vector": (-1.0, 3.0, 0.25)}
     parameters = {"matrix": torch.nn.Parameter(torch.ones(1, 1)), "vector": torch.nn.Parameter(torch.ones(1))}
     optimizer, expected = train.make_optimizer(parameters.items(), config), {}
@@ -456,7 +457,7 @@ def test_checkpointing_computes_every_layer_twice_in_a_step_and_trains_the_same(
 
 @pytest.mark.parametrize("steps, warmup", ((100, 0.03), (100, 0.0), (7, 0.5), (1, 0.03), (1, 0.0)))
 def test_learning_rate_rises_in_a_line_and_falls_as_a_cosine(steps, warmup):
-    config = train.resolve({"lr": 2.0, "warmup": warmup, "device": "cpu"})
+    config = methods.resolve({"lr": 2.0, "warmup": warmup, "device": "cpu"})
     rates = [train.learning_rate(step, steps, config) for step in range(steps)]
     warm = math.ceil(warmup * steps)
     expected = [2.0 * k / (warm + 1) for k in range(1, warm + 1)]
