@@ -20,9 +20,7 @@ import huggingface_hub
 import numpy as np
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-from chat import Tokenizer
-from common import DTYPES, KINDS, UserError, first_line
-from model import FAMILIES, ScoreModel, find_folder, read_config
+from common import KINDS, UserError, first_line
 
 
 @dataclass(slots=True)
@@ -542,17 +540,3 @@ def apply_view(name, comparisons, responses=2):
     if not pairs:
         raise UserError(f"{line}: no pairs are left to train on")
     return pairs, line
-
-
-# Score models
-
-
-def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
-    """(score model, its tokenizer). template None: alpaca for safe-rlhf's models, else the tokenizer's own."""
-    folder = find_folder(name_or_dir)
-    kind = (read_config(folder).hf.get("architectures") or ["?"])[0]
-    if kind in FAMILIES.values():
-        raise UserError(f"{name_or_dir}: a language model ({kind}), not a score model: it has no score.weight nor "
-                        "score_head.weight")
-    model = ScoreModel.from_pretrained(folder, DTYPES[dtype], device).eval()
-    return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))

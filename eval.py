@@ -23,14 +23,15 @@ from tqdm import tqdm
 
 import toy
 from batch import Encoded, encode, longest
-from chat import TEMPLATES, TEMPLATE_NAMES, Tokenizer
+from chat import TEMPLATES, TEMPLATE_NAMES
+from checkpoint import (LOGPS_CACHE, cached_logps, export_experts, find_folder, load_policy, load_start, read_config,
+                        save_model, started_from, weights_hash)
 from common import (DTYPES, Parser, UserError, as_command, check_device, check_values, content_hash, files_hash,
                     first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
 from data import check_source, get_prompt, load_sources, parse_line, read_lines, source_files
 from judges import judge_answers, load_scorer, make_pairs, refuses, repeats, score_answers, score_file
-from lora_moe import (LOGPS_CACHE, cached_logps, choose_experts, count_experts, export_experts, gate_report, is_routed,
-                      load_adapter, load_trained, merge_experts, set_routers, use_expert, weights_hash)
-from model import Transformer, find_folder, read_config, stream
+from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
+from model import stream
 from report import load_pyplot, markdown_table, measured, plot, router_report, router_table, terminal_table
 from runs import Processes
 
@@ -156,34 +157,6 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static=
     write_text(Path(out) / f"eval{suffix}.json", json.dumps(report, indent=2) + "\n")
     write_text(Path(out) / f"samples{suffix}.txt", toy.samples(answers, count=20) + "\n")
     return report, toy.samples(answers)
-
-
-# Finished runs
-
-
-def load_policy(run, dtype="float32", device="cpu"):
-    """The trained model of a run folder, its tokenizer and the run's settings."""
-    run = Path(run)
-    config = read_json(run / "config.json", {"text": "base method template", "a list of texts": "init_adapter"})
-    if config.get("method") in ("reward", "cost"):
-        raise UserError(f"{run}: a score model, which answers nothing; --score FILE lets it judge")
-    if config.get("lora_rank") is None or config.get("base") is None:
-        raise UserError(f"{run}: not a run folder of train.py")
-    config |= {"init_adapter": config.get("init_adapter") or [], "template": config.get("template")}
-    toy.one_thread(config["base"])
-    model = load_trained(run, config["base"], DTYPES[dtype], device)
-    return model, Tokenizer(config["base"], config.get("template")), config
-
-
-def load_start(config, dtype="float32", device="cpu"):
-    """The model that a run started from, by its settings: its base, with the adapter that it went on from, if one."""
-    model = Transformer.from_pretrained(config["base"], DTYPES[dtype], device)
-    return load_adapter(model, *started_from(config)) if started_from(config) else model
-
-
-def started_from(config):
-    """The adapter that a run went on from, in a sequence; several are experts that it was made of."""
-    return config["init_adapter"] if len(config["init_adapter"]) == 1 else ()
 
 
 def merge_static(policy, weights):
@@ -421,7 +394,7 @@ def write_out(args):
     policy, tokenizer, config = load_policy(args.merge or args.export, args.dtype, args.device)
     if args.merge:
         template = tokenizer.chat_template if config["template"] in TEMPLATES else None
-        merge_static(policy, args.static).save_pretrained(args.out, template)
+        save_model(merge_static(policy, args.static), args.out, template)
     else:
         export_experts(policy, args.out, config["template"])
     print(f"{args.merge or args.export}: written to {args.out}")

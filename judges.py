@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from batch import score
 from chat import Tokenizer
+from checkpoint import LOGPS_CACHE, find_folder, load_model, load_score_model
 from common import DTYPES, UserError, content_hash, files_hash, first_line, whole_lines, whole_rows, write_text
-from data import load_score_model, read_rows, score_margin
-from lora_moe import LOGPS_CACHE
-from model import Transformer, find_folder, generate
+from data import read_rows, score_margin
+from model import generate
 from report import measured, win_rate
 
 
@@ -322,7 +322,7 @@ def make_pairs(prompts, policy, scorers, out, template=None, samples=4, max_new_
     """
     out = Path(out)
     folder = find_folder(policy)
-    model, tokenizer = Transformer.from_pretrained(folder, DTYPES[dtype], device).eval(), Tokenizer(folder, template)
+    model, tokenizer = load_model(folder, DTYPES[dtype], device).eval(), Tokenizer(folder, template)
     tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts])
     stops, counts, rows = {*model.config.eos_ids, *tokenizer.stop_ids}, Counter(), []
     for start in tqdm(range(0, len(prompts), batch_size), desc="pairs", unit="batch"):

@@ -12,27 +12,19 @@ then adapter and mixture files.
 Letters in shape comments: B rows, T tokens per row, N pairs, K experts, R rank (in log-probs: responses), D width,
 L wrapped layers.
 """
-import hashlib
-import json
 import math
 import re
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from batch import batches, encode, longest, response_logps, sequence_logps
-from common import UserError, atomic_file, atomic_folder, check_keys, first_line, part_like, read_json, whole
-from model import ScoreModel, Transformer, read_tensors, stored_name
-from runs import ALONE, WEIGHT_FOLDERS
+from batch import batches, encode, longest, sequence_logps
+from common import UserError, first_line, part_like, whole
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
@@ -439,39 +431,6 @@ def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
     return torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
 
 
-LOGPS_CACHE = Path("out/cache")  # may be deleted at any time
-LOGPS_BATCH = 32  # pairs; not --batch_size, as how a batch is packed changes the last bits of a log-prob
-
-
-def weights_hash(model):
-    """Hash of a model's settings, weights, and experts in use; of the base alone where they are disabled."""
-    layers = {name: layer for name, layer in expert_layers(model) if layer.enabled}
-    chosen = {name: one.router.weights for name, one in layers.items() if isinstance(one.router, ConstantRouter)}
-    settings = [(one.scale, {**one.router.spec, "weights": None}) for one in layers.values()]
-    digest = hashlib.blake2b(repr((model.config, settings)).encode(), digest_size=16)
-    for name, tensor in (*model.state_dict().items(), *chosen.items()):
-        if layers or not is_mixture(name):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def cached_logps(model, encoded, dtype="float32", device="cpu", processes=ALONE):
-    """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
-    in use, tokens and precision. Every run that needs the same finds them."""
-    digest = hashlib.blake2b(f"{dtype} {weights_hash(model)}".encode(), digest_size=16)
-    for array in (encoded.tokens, encoded.bounds):
-        digest.update(np.ascontiguousarray(array))
-    path = LOGPS_CACHE / f"logps-{digest.hexdigest()}.safetensors"
-    if processes.once(path.is_file):
-        return load_file(path)["logps"]
-    logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device, processes)
-    if processes.rank == 0:
-        with atomic_file(path) as temporary:
-            save_file({"logps": logps}, temporary)
-    return logps
-
-
 def trainable_parameters(model):
     """[(name, parameter)] of what the optimiser moves: the experts, or all weights where there are none."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -490,187 +449,6 @@ def merge_experts(model):
     return model
 
 
-# What load_adapter reads of adapter_config.json, and keys that do not change what the adapter computes.
-READ_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
-HARMLESS_KEYS = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
-                 "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"}
-ADAPTER_KEYS = {
-    "a whole number from 1 to a million": "r", "a number above 0": "lora_alpha", "true or false": "use_rslora",
-    "text or a list of texts": "target_modules", "an object": "rank_pattern alpha_pattern"}
-EXPERTS_KEYS = {"a whole number from 1 to a million": "num_experts rank hidden", "a whole number": "width",
-                "a number above 0": "alpha temperature", "true or false": "rslora empty", "text": "base type kind",
-                "a list of texts": "layers groups", "an object": "router gate", "a list": "weights"}
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others, such as PiSSA, change the base weights too
-
-
-def peft_modules(model):
-    """{PEFT's name of a linear layer: our names of it}: the same but for GPT-2, whose c_attn is our q, k and v."""
-    modules = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            name = name.removesuffix(".base")
-            modules.setdefault(stored_name(model.config, name), []).append(name)
-    return modules
-
-
-def fuse(layers, names):
-    """A (R, D_in) and B (D_out, R) of one PEFT layer that is several of ours: GPT-2's q, k and v share one A.
-
-    In a loaded adapter they still do. Trained separately they do not: then A stacks theirs and B is block-diagonal.
-    A part without experts has a block of zeros.
-    """
-    wrapped = {i: layers[name] for i, name in enumerate(names) if name in layers}
-    first = next(iter(wrapped.values()))
-    if all(torch.equal(part.lora_A, first.lora_A) for part in wrapped.values()):
-        zeros = torch.zeros_like(first.lora_B)
-        return first.lora_A, torch.cat([wrapped[i].lora_B if i in wrapped else zeros for i in range(len(names))])
-    rank, width = first.rank, first.base.out_features
-    B = first.lora_B.new_zeros(len(names) * width, len(wrapped) * rank)
-    for j, (i, part) in enumerate(wrapped.items()):
-        B[i * width:(i + 1) * width, j * rank:(j + 1) * rank] = part.lora_B
-    return torch.cat([part.lora_A for part in wrapped.values()]), B
-
-
-def save_adapter(model, folder, template=None, number=0, write=True):
-    """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors.
-
-    Its metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`.
-    """
-    layers = {name: SimpleNamespace(
-        lora_A=layer.lora_A.detach().view(layer.num_experts, layer.rank, -1)[number],
-        lora_B=layer.lora_B.detach().view(-1, layer.num_experts, layer.rank)[:, number], rank=layer.rank,
-        alpha=layer.alpha, rslora=layer.rslora, base=layer.base) for name, layer in expert_layers(model)}
-    first = next(iter(layers.values()))
-    assert not is_routed(model), "PEFT's format holds experts without a router"
-    modules = peft_modules(model)
-    wrapped = {theirs: names for theirs, names in modules.items() if any(name in layers for name in names)}
-    tensors, ranks, alphas = {}, {}, {}
-    for theirs, names in wrapped.items():
-        A, B = fuse(layers, names)
-        layer = next(layers[name] for name in names if name in layers)
-        tensors[f"base_model.model.{theirs}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{theirs}.lora_B.weight"] = B.contiguous()
-        growth = len(A) / layer.rank  # PEFT divides by the rank that it sees
-        alpha = layer.alpha * (math.sqrt(growth) if layer.rslora else growth)
-        if len(A) != first.rank:
-            ranks[theirs] = len(A)
-        if alpha != first.alpha:
-            alphas[theirs] = alpha
-    targets = sorted({theirs.rpartition(".")[2] for theirs in wrapped})
-    if select_modules(targets, modules) != list(wrapped):  # short names only where they mean these layers and no other
-        targets = sorted(wrapped)
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.origin,
-        "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
-        "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
-    }
-    origin = {"base": base_hash(model), "template": template or "chat"}  # one entry: the library shuffles several
-    if not write:
-        return
-    with atomic_folder(folder) as temporary:
-        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / "adapter_model.safetensors", {"trained_on": json.dumps(origin)})
-
-
-def base_hash(model):
-    """Hash of a sample of the base's weights, rounded to bfloat16: the same whatever precision they are loaded in."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        if not is_mixture(name):
-            sample = whole(tensor).detach().flatten()[::tensor.numel() // 4096 + 1].bfloat16().float()
-            digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
-            digest.update(sample.cpu().numpy())
-    return digest.hexdigest()
-
-
-def adapter_warnings(model, folders, template=None):
-    """A line for each adapter that was trained on another base or with another template than these."""
-    warnings, base = [], base_hash(model) if folders else ""
-    for folder in folders:
-        path = Path(folder) / "adapter_model.safetensors"
-        with safe_open(path, "pt") as file:
-            metadata = read_json(path, text=(file.metadata() or {}).get("trained_on", "{}"))
-        if metadata.get("base", base) != base:
-            warnings.append(f"warning: {folder} was trained on other base weights than those of {model.origin}")
-        if metadata.get("template", template or "chat") != (template or "chat"):
-            warnings.append(f"warning: {folder} was trained with --template {metadata['template']}, not "
-                            f"{template or 'chat'}")
-    return warnings
-
-
-def read_adapter_config(path):
-    """The dictionary in an adapter_config.json. Raises UserError naming the first setting that we do not implement."""
-    config = read_json(path, ADAPTER_KEYS)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type = {config.get('peft_type')!r} is not supported")
-    for key, value in config.items():
-        plain = PLAIN_INITS if key == "init_lora_weights" else (None, False, "none", [], {})
-        if key not in READ_KEYS | HARMLESS_KEYS and value not in plain:
-            raise UserError(f"{path}: {key} = {value!r} is not supported")
-    for key in ("r", "lora_alpha", "target_modules"):
-        if not config.get(key):
-            raise UserError(f"{path}: {key} is missing")
-    for key, kind in (("rank_pattern", "a whole number from 1 to a million"), ("alpha_pattern", "a number above 0")):
-        for value in (config.get(key) or {}).values():
-            check_keys({key: value}, {kind: key}, path)
-    return config
-
-
-def read_adapter(model, folder):
-    """{name of our layer: (A, B, alpha, rslora)} of an adapter in PEFT's format. Raises UserError naming the setting or
-    the tensor that does not fit the model."""
-    folder = Path(folder)
-    config = read_adapter_config(folder / "adapter_config.json")
-    path = folder / "adapter_model.safetensors"
-    tensors, modules, layers = dict(read_tensors(path)), peft_modules(model), {}
-    where = f"{folder / 'adapter_config.json'}: target_modules"
-    for theirs in select_modules(config["target_modules"], modules, where):
-        rank = pattern_value(config.get("rank_pattern"), theirs, config["r"], where)
-        alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"], where)
-        bases = [model.get_submodule(name) for name in modules[theirs]]
-        wanted = {"lora_A": (rank, bases[0].in_features), "lora_B": (sum(b.out_features for b in bases), rank)}
-        pair = {}
-        for key, shape in wanted.items():
-            name = f"base_model.model.{theirs}.{key}.weight"
-            if name not in tensors:
-                raise UserError(f"{path}: tensor {name} is missing")
-            if tensors[name].shape != shape:
-                raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {shape}")
-            pair[key] = tensors.pop(name)
-        for name, part in zip(modules[theirs], pair["lora_B"].chunk(len(modules[theirs]))):
-            layers[name] = pair["lora_A"], part, alpha, bool(config.get("use_rslora"))
-    if tensors:
-        raise UserError(f"{path}: unexpected tensor {min(tensors)}")
-    return layers
-
-
-@torch.no_grad()
-def load_adapter(model, *folders):
-    """Wrap the model with the adapters in these folders (PEFT's format), one expert each. Returns the model.
-
-    Raises UserError when one does not fit the model, or they differ in layers, rank or alpha.
-    """
-    assert not any(True for _ in expert_layers(model)), "the model has experts already; merge_experts(model) first"
-    adapters = [read_adapter(model, folder) for folder in folders]
-    shapes = [{name: (len(A), *scaling) for name, (A, _, *scaling) in layers.items()} for layers in adapters]
-    for folder, shape in zip(folders, shapes):
-        if shape != shapes[0]:
-            raise UserError(f"{folder}: its layers, rank or alpha differ from those of {folders[0]}")
-    model.requires_grad_(False)
-    for name, (rank, alpha, rslora) in shapes[0].items():
-        layer = wrap_linear(model, name, rank, alpha, len(folders), rslora=rslora)
-        layer.lora_A.copy_(torch.cat([layers[name][0] for layers in adapters]))
-        layer.lora_B.copy_(torch.cat([layers[name][1] for layers in adapters], dim=1))
-    return model
-
-
-def pattern_value(patterns, module, default, where):
-    """PEFT's per-layer exceptions: the value of the first key that matches the end of the module's name."""
-    keys = (key for key in patterns or () if matches(rf"(.*\.)?({key})", module, where))
-    return (patterns or {}).get(next(keys, None)) or default
-
-
 def is_router(name):
     """True if the parameter of this name belongs to a router or the gate."""
     return ".router." in name or name.startswith("gate.")
@@ -679,89 +457,6 @@ def is_router(name):
 def is_mixture(name):
     """True if the tensor of this name belongs to the experts, routers or gate, and not to the base."""
     return "lora_" in name or is_router(name)
-
-
-def save_experts(model, folder, write=True):
-    """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate."""
-    layers = dict(expert_layers(model))
-    first = next(iter(layers.values()))
-    config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
-              "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
-              "gate": model.gate and model.gate.spec}
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
-    if not write:
-        return
-    with atomic_folder(folder) as temporary:
-        (temporary / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / "experts.safetensors")
-
-
-@torch.no_grad()
-def load_experts(model, folder):
-    """Wrap the model with the mixture that `save_experts` wrote. Returns the model. Raises UserError naming the setting
-    or the tensor that does not fit."""
-    folder = Path(folder)
-    path, described = folder / "experts.safetensors", folder / "experts.json"
-    config, tensors = read_json(described, EXPERTS_KEYS), dict(read_tensors(path))
-    router, gate = (check_keys(config.get(key) or {}, EXPERTS_KEYS, described) for key in ("router", "gate"))
-    largest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
-    try:
-        if max(config["rank"] * config["num_experts"], router.get("hidden", 0), gate.get("width", 0)) > largest:
-            raise UserError("rank, num_experts, hidden or width are more than the tensors have")
-        if config["gate"] and config["gate"]["kind"] not in ("fixed", *GATES):
-            raise UserError(f"gate {config['gate']['kind']}")
-        add_experts(model, config["layers"], config["rank"], config["alpha"], config["num_experts"], config["rslora"],
-                    router=config["router"])
-        if config["gate"]:
-            model.gate = Gate(num_experts=config["num_experts"], **config["gate"])
-    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
-        raise UserError(f"{described}: does not describe experts of this model ({first_line(error)})") from None
-    for name, tensor in model.state_dict().items():
-        if is_mixture(name):
-            if name not in tensors or tensors[name].shape != tensor.shape:
-                raise UserError(f"{path}: {name} is missing or not of shape {tuple(tensor.shape)}")
-            tensor.copy_(tensors.pop(name))
-    if tensors:
-        raise UserError(f"{path}: unexpected tensor {min(tensors)}")
-    return model
-
-
-def export_experts(model, folder, template=None):
-    """Write a mixture as one PEFT adapter for each expert, expert-0 …, and `gate_report` in gate.json, for servers of
-    many adapters. Raises UserError for routers, whose weights differ from token to token."""
-    if model.gate is None:
-        raise UserError("--export: only mix-dpo and moe-dpo have experts that are whole policies; MidPO and PMoL route "
-                        "every token, which no adapter format describes; a single adapter is in PEFT's format already")
-    gate = gate_report(model)
-    with atomic_folder(folder) as temporary:
-        for k, name in enumerate(gate["experts"]):
-            save_adapter(model, temporary / name, template, k)
-        (temporary / "gate.json").write_text(json.dumps(gate, indent=2) + "\n", encoding="utf-8")
-
-
-def save_trained(model, out, template=None, chat_template=None, write=True):
-    """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts.
-
-    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's. With
-    sharded weights all processes call it, and one has to write.
-    """
-    if isinstance(model, ScoreModel) or not count_experts(model):
-        merge_experts(model).save_pretrained(out / "model", chat_template, write)
-    elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:
-        save_adapter(model, out / "adapter", template, write=write)
-    else:
-        save_experts(model, out / "experts", write)
-
-
-def load_trained(run, base, dtype=torch.float32, device="cpu"):
-    """The language model that `save_trained` wrote into a run folder, on its base. Raises UserError without one."""
-    kind = next((name for name in WEIGHT_FOLDERS if (run / name).is_dir()), None)
-    if kind is None:
-        raise UserError(f"{run}: no trained weights (no {', '.join(WEIGHT_FOLDERS)}); did the run finish?")
-    model = Transformer.from_pretrained(run / kind if kind == "model" else base, dtype, device)
-    if kind == "model":
-        return model
-    return (load_adapter if kind == "adapter" else load_experts)(model, run / kind)
 
 
 @torch.no_grad()

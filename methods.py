@@ -17,11 +17,12 @@ import losses
 import toy
 from batch import policy_logps
 from chat import TEMPLATE_NAMES
+from checkpoint import find_folder, load_adapter, read_adapter_config, read_config
 from common import Parser, UserError, check_device, check_values, numbers, setting, source_names, weighted_names
 from data import SOURCES, VIEWS, carry_scores, check_source
-from lora_moe import (GATES, add_experts, add_gate, add_head_copies, expert_layers, freeze_experts, load_adapter,
-                      mixture_logps, pooled_states, read_adapter_config, router_weights, set_routers)
-from model import ScoreModel, find_folder, read_config
+from lora_moe import (GATES, add_experts, add_gate, add_head_copies, expert_layers, freeze_experts, mixture_logps,
+                      pooled_states, router_weights, set_routers)
+from model import ScoreModel
 from report import mixture_report
 from runs import read_settings
 

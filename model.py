@@ -6,37 +6,25 @@ all in ModelConfig. Module and parameter names are Hugging Face's; only GPT-2's 
 Read in this order: ModelConfig, the layers, Transformer, ScoreModel, generate, then loading and saving.
 Letters in shape comments: B rows, T tokens per row, S keys, D width, V vocabulary, H heads, C head width.
 """
-import json
 import math
-import re
-import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
-from zipfile import is_zipfile
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
-from safetensors import safe_open
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from common import BROKEN, DTYPES, UserError, atomic_folder, check_keys, first_line, part_like, read_json, whole
+from common import DTYPES, UserError, check_keys
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
             "qwen3": "Qwen3ForCausalLM", "gemma": "GemmaForCausalLM", "gemma2": "Gemma2ForCausalLM",
             "gpt2": "GPT2LMHeadModel"}  # model_type: the class that transformers loads it with
-STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SHARD_SIZE = "5GB"
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 ACTIVATIONS["gelu_new"] = ACTIVATIONS["gelu_pytorch_tanh"] = partial(F.gelu, approximate="tanh")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-                   "generation_config.json")
 
 
 # TF32, which NVIDIA's containers turn on, rounds products to three digits: log-probs add up hundreds of tokens
@@ -479,54 +467,6 @@ class Transformer(nn.Module):
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits
 
-    @classmethod
-    def from_pretrained(cls, name_or_dir, dtype=torch.float32, device="cpu", mesh=None):
-        """Load a folder in Hugging Face layout, or a hub id. Weights are read once, into their final place.
-
-        mesh: processes over which `shard` splits the blocks before they are read; the caller splits the rest. Raises
-        UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
-        """
-        folder = find_folder(name_or_dir)
-        config = read_config(folder)  # computes RoPE's frequencies, for which the meta device would import torch._refs
-        with torch.device("meta"):
-            model = cls(config)
-        if mesh:
-            shard(model.model.layers, mesh)
-        load_weights(model, folder, dtype, device)
-        model.folder, model.origin = folder, str(folder.resolve() if folder == Path(name_or_dir) else name_or_dir)
-        return model
-
-    def save_pretrained(self, folder, chat_template=None, write=True):
-        """Write config.json, safetensors (in shards above 5 GB), the tokenizer's files and chat template, atomically;
-        `transformers` loads the folder. With sharded weights all processes call it, and one has to write."""
-        weights, tensors = self.state_dict(), {}
-        kind, config = self.config.model_type, dict(self.config.hf)
-        if any(".base." in name for name in weights):
-            raise UserError("save_pretrained: the model carries experts; merge_experts(model) first, or save_adapter")
-        for name, ours in stored_layout(self).items():
-            parts = [whole(weights[part]) for part in ours]
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if write:
-                tensors[name] = (tensor.t() if is_conv1d(name) else tensor).contiguous().cpu()
-        if not write:
-            return
-        if isinstance(self, Transformer):
-            config["architectures"] = [FAMILIES[kind]]
-        elif self.config.score_name == "score":  # safe-rlhf has classes of its own
-            stem = FAMILIES[kind].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-            config |= {"architectures": [stem + "ForSequenceClassification"], "id2label": {"0": "LABEL_0"},
-                       "label2id": {"LABEL_0": 0}}
-        config.pop("dtype", None)  # newer files say dtype, older ones torch_dtype, which every reader knows
-        config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        with atomic_folder(folder) as temporary:
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_torch_state_dict(tensors, temporary, max_shard_size=SHARD_SIZE)
-            for name in TOKENIZER_FILES:
-                if self.folder and (self.folder / name).is_file():
-                    shutil.copyfile(self.folder / name, temporary / name)
-            if chat_template:
-                (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-
 
 class ScoreModel(nn.Module):
     """A reward or cost model: the trunk with a scalar head, read at the last token of a sequence.
@@ -557,9 +497,6 @@ class ScoreModel(nn.Module):
         if self.config.normalizer:
             score = score / (self.normalizer.var.sqrt() + 1e-8)
         return score
-
-    from_pretrained = classmethod(Transformer.from_pretrained.__func__)
-    save_pretrained = Transformer.save_pretrained
 
     @classmethod
     def from_policy(cls, policy):
@@ -710,179 +647,3 @@ def _uniform_draws(prompts, count, seed):
         seen[prompt] = seen.get(prompt, -1) + 1
         draws[i] = np.random.default_rng([seed, seen[prompt], *prompt]).random(count, dtype=np.float32)
     return draws
-
-
-def find_folder(name_or_dir):
-    """The local folder of a checkpoint; a hub id is downloaded first, weights and tokenizer files only.
-
-    Raises UserError when there is no such folder and the hub does not have or cannot be asked for the id.
-    """
-    folder, name = Path(name_or_dir), str(name_or_dir)
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder}: not a model folder (it has no config.json)")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise UserError(f"{name}: no such model folder")
-    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
-    try:
-        snapshot = Path(snapshot_download(name, allow_patterns=wanted))
-        if not any(snapshot.glob("*.safetensors")):
-            snapshot = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"]))
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"{name}: neither a folder here nor a model on the hub (a gated one needs HF_TOKEN)") from None
-    except (HTTPError, OSError) as error:  # OSError: LocalEntryNotFoundError, when offline, is one
-        raise UserError(f"{name}: not a folder here, and the hub did not answer ({first_line(error)})") from None
-    return find_folder(snapshot)
-
-
-def read_config(folder):
-    """ModelConfig of a checkpoint folder, with all the eos ids that generation_config.json names."""
-    hf = read_json(folder / "config.json", CONFIG_KEYS)
-    if "method" in hf:
-        raise UserError(f"{folder}: a run folder, not a model; did you mean {folder}/model, or --init_adapter "
-                        f"{folder}/adapter?")
-    config = ModelConfig.from_hf(hf, folder / "config.json")
-    if (folder / "generation_config.json").is_file():
-        stated = read_json(folder / "generation_config.json", CONFIG_KEYS).get("eos_token_id")
-        config.eos_ids = as_ids(stated) or config.eos_ids
-    return config
-
-
-def weight_files(folder):
-    """The files that hold a checkpoint's tensors. Raises UserError when there are none or one is missing."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            weight_map = read_json(folder / index, {"an object": "weight_map"}).get("weight_map")
-            if not weight_map:
-                raise UserError(f"{folder / index}: has no weight_map")
-            files = {path.name: path for path in folder.iterdir() if path.is_file()}
-            for name in weight_map.values():
-                if not isinstance(name, str) or name not in files:
-                    raise UserError(f"{folder / index}: names {name}, which is not a file in this folder")
-            return [files[name] for name in sorted(set(weight_map.values()))]
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-    raise UserError(f"{folder}: no model.safetensors (nor its index) and no pytorch_model.bin")
-
-
-def read_tensors(path, dtype=None):
-    """Yield (name, tensor) of one weight file, converted to dtype if given. Raises UserError naming the file."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        if path.suffix == ".safetensors":
-            yield from read_safetensors(path, dtype)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-            for name, tensor in tensors.items():
-                stored = getattr(tensor, "dtype", type(tensor).__name__)
-                if stored not in STORED_DTYPES.values() and not is_derived(name):
-                    raise UserError(f"{path}: {name} is stored as {stored}, which is not supported")
-                yield name, tensor.to(dtype or tensor.dtype)
-    except BROKEN as error:
-        raise UserError(f"{path}: broken, cut short or not plain tensors ({first_line(error)})") from None
-
-
-def read_safetensors(path, dtype):
-    """Yield (name, tensor), read through a small buffer into memory of its own.
-
-    The library's tensors are a map of the file: its pages would stay in memory beside every converted copy, and the
-    weights would change when the file is rewritten.
-    """
-    with safe_open(path, framework="pt"):
-        pass  # checks the header: sizes, overlaps, the length of the file
-    buffer = torch.empty(2 ** 22, dtype=torch.uint8)
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
-        for name, entry in header.items():
-            if name == "__metadata__" or is_derived(name):
-                continue
-            if entry["dtype"] not in STORED_DTYPES:
-                raise UserError(f"{path}: {name} is stored as {entry['dtype']}, which is not supported")
-            stored = STORED_DTYPES[entry["dtype"]]
-            tensor = torch.empty(entry["shape"], dtype=dtype or stored)
-            file.seek(start + entry["data_offsets"][0])
-            for piece in tensor.view(-1).split(len(buffer) // stored.itemsize):
-                part = buffer[:piece.numel() * stored.itemsize]
-                file.readinto(part.numpy())
-                piece.copy_(part.view(stored))
-            yield name, tensor
-
-
-GPT2_NAMES = {
-    "model.layers": "transformer.h", "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f",
-    "model.embed_positions": "transformer.wpe", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-    "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn", "self_attn.v_proj": "attn.c_attn",
-    "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
-
-
-def stored_name(config, name):
-    """What a checkpoint calls our tensor or layer `name`. In GPT-2, q, k and v are one: c_attn."""
-    if config.model_type == "gpt2":
-        for ours, theirs in GPT2_NAMES.items():
-            name = name.replace(ours, theirs)
-    return config.score_name + name.removeprefix("score") if name.startswith("score.") else name
-
-
-def stored_layout(model):
-    """{name in a checkpoint: our names of it, in order}, without what a checkpoint leaves out: a tied head."""
-    layout = {}
-    for name in model.state_dict():
-        if not (model.config.tied and name == "lm_head.weight"):
-            layout.setdefault(stored_name(model.config, name), []).append(name)
-    return layout
-
-
-def is_conv1d(name):
-    """GPT-2 stores the weights of these layers as (in, out)."""
-    return name.startswith("transformer.h.") and ".c_" in name and name.endswith(".weight")
-
-
-def is_derived(name):
-    """Buffers that older checkpoints store though the model makes them itself: RoPE tables, causal masks, counts."""
-    return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "normalizer.count"))
-
-
-def shard(modules, mesh, ignored=()):
-    """Shard all weights of the modules but the ignored ones over the mesh, by FSDP2: each process holds some rows. A
-    module's weights are whole while it runs, the outermost one's until the backward pass ends. Gradients are summed."""
-    from torch.distributed.fsdp import fully_shard  # here, as it takes most of a second
-    for module in modules:
-        fully_shard(module, mesh=mesh, ignored_params=set(ignored))
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # the other way of not dividing is NCCL's alone
-        module.register_forward_hook(lambda *_: torch.clear_autocast_cache())  # it would keep a copy of every weight
-
-
-def load_weights(model, folder, dtype, device):
-    """Put a checkpoint's tensors in the place of a meta-device model's parameters, one at a time."""
-    config, layout = model.config, stored_layout(model)
-    missing = set(layout)
-    for path in weight_files(folder):
-        for name, tensor in read_tensors(path, dtype):
-            if is_derived(name) or (config.tied and name == "lm_head.weight") or (
-                    name.startswith("normalizer.") and not config.normalizer):
-                continue
-            stored = f"transformer.{name}" if f"transformer.{name}" in layout else name  # GPT-2's first files
-            if stored not in layout:
-                raise UserError(f"{path}: unexpected tensor {name}")
-            if is_conv1d(stored):
-                tensor = tensor.transpose(0, -1).contiguous()
-            for ours, part in zip(layout[stored], tensor.chunk(len(layout[stored]))):
-                parent, _, key = ours.rpartition(".")
-                module = model.get_submodule(parent)
-                slot = getattr(module, key)
-                if part.shape != slot.shape:
-                    raise UserError(f"{path}: {name} has shape {tuple(part.shape)}; config.json makes it "
-                                    f"{tuple(slot.shape)}")
-                part = part_like(part.to(device), slot)
-                setattr(module, key, nn.Parameter(part) if isinstance(slot, nn.Parameter) else part)
-            missing.discard(stored)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder}: tensor {min(missing)} is missing{more}")
-    if config.tied and isinstance(model, Transformer):
-        model.lm_head.weight = model.model.embed_tokens.weight

@@ -22,6 +22,7 @@ import torch
 
 from batch import encode
 from chat import Tokenizer
+from checkpoint import save_model
 from common import content_hash, write_text
 from data import Comparison
 from model import ModelConfig, Transformer
@@ -440,7 +441,7 @@ def make_base(folder, seed):
 def save_base(model, folder, seed, settings):
     """Write the trained base model into its folder. settings: how it was trained."""
     model.folder = folder
-    model.save_pretrained(folder)  # in its place, with the tokenizer's files
+    save_model(model, folder)  # in its place, with the tokenizer's files
     write_text(folder / "recipe.txt", recipe(Tokenizer(folder), seed, settings))
 
 

@@ -21,15 +21,17 @@ from tqdm import tqdm
 import toy
 from batch import batches, encode_pairs, epoch_order, pack, precision, show_pair, split_step
 from chat import TEMPLATES, Tokenizer
+from checkpoint import (adapter_warnings, cached_logps, find_folder, load_model, load_start, load_trained, read_config,
+                        save_trained, shard)
 from common import (DTYPES, UserError, as_command, atomic_folder, content_hash, files_hash, is_part, stop_signals,
                     whole, write_text)
 from data import VIEWS, apply_view, flip_labels, load_sources, require
-from eval import evaluate_run, load_start
+from eval import evaluate_run
 from judges import add_margins
-from lora_moe import (adapter_warnings, cached_logps, count_experts, disable_experts, is_mixture, is_router,
-                      load_trained, perturb_experts, save_trained, trainable_parameters, use_expert)
+from lora_moe import (count_experts, disable_experts, is_mixture, is_router, perturb_experts, trainable_parameters,
+                      use_expert)
 from methods import FREE, METHODS, parse_flags, plan, resolve
-from model import ScoreModel, Transformer, compile_once, find_folder, read_config, shard
+from model import ScoreModel, compile_once
 from report import annotator_type
 from runs import (ALONE, Processes, RunLog, add_up, close_run, load_checkpoint, one_line_if_lost, open_run,
                   read_settings, save_checkpoint)
@@ -111,7 +113,7 @@ def reference_logps(model, encoded, config, processes=ALONE):
     if config.references:
         mesh, logps = config.fsdp and processes.mesh(config.device), []
         for folder in config.references:
-            one = Transformer.from_pretrained(folder, device=config.device, mesh=mesh)
+            one = load_model(folder, device=config.device, mesh=mesh)
             if mesh:
                 shard([one], mesh)
             logps.append(cached_logps(one, *settings))
@@ -354,13 +356,13 @@ def base_folder(config):
     return folder
 
 
-def load_model(config, base, groups=(), processes=ALONE):
+def build_model(config, base, groups=(), processes=ALONE):
     """The model that training starts from, what is trained marked and in float32, or in bfloat16 with --low_memory.
     groups: those of the data."""
     trains_all = not (config.lora_rank or config.init_adapter or config.share)
     dtype = torch.float32 if trains_all and not config.low_memory else DTYPES[config.dtype]
     mesh = config.fsdp and processes.mesh(config.device)
-    model = Transformer.from_pretrained(base, dtype, config.device, mesh)
+    model = load_model(base, dtype, config.device, mesh)
     if model.config.learned_positions and config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
     model = METHODS[config.method].build(config, model, groups)
@@ -402,7 +404,7 @@ def run_locked(config, processes, lock):
     tokenizer = Tokenizer(base, config.template)
     encoded, held_out = load_data(config, tokenizer)
     config = method.settle(config, encoded.groups)
-    model = load_model(config, base, encoded.groups, processes)
+    model = build_model(config, base, encoded.groups, processes)
     settings = run_settings(config, base, processes)
     work = processes.once(lambda: open_run(out, settings, FREE, config.resume, lock))
     if work is None:

@@ -35,12 +35,13 @@ import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
 import common  # noqa: E402
 import losses  # noqa: E402
+from checkpoint import load_model, save_model  # noqa: E402
+from model import ModelConfig, Transformer, generate, stream  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from batch import Encoded, pack  # noqa: E402
 from judges import refuses  # noqa: E402
 from lora_moe import add_experts, router_weights, trainable_parameters  # noqa: E402
-from model import ModelConfig, Transformer, generate, stream  # noqa: E402
 
 SMALL = dict(model_type="llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
              num_key_value_heads=4, vocab_size=16000, max_position_embeddings=2048, tie_word_embeddings=True)
@@ -63,7 +64,7 @@ def bench_generate(rounds, batch=16):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        ours = Transformer.from_pretrained(folder)
+        ours = load_model(folder)
     rng = np.random.default_rng(0)
     equal = rng.integers(300, config.vocab_size, (batch, 32)).tolist()
     prompts = sorted((rng.integers(300, config.vocab_size, size).tolist() for size in rng.integers(8, 65, 64)), key=len)
@@ -165,7 +166,7 @@ def peak_of_steps(folders, flags):
     for folder in folders:
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
         config = methods.parse_flags(["--method", "dpo", "--model", folder, "--device", "cpu", *flags])
-        model = train.load_model(config, folder).train()
+        model = train.build_model(config, folder).train()
         parameters = trainable_parameters(model)
         optimizer = train.make_optimizer(parameters, config)
         for _ in range(2):
@@ -179,7 +180,7 @@ def bench_memory(rounds):
     with tempfile.TemporaryDirectory() as folder:
         folders = [f"{folder}/tiny", f"{folder}/larger"]
         for path, shape in zip(folders, (dict(SMALL, hidden_size=64, intermediate_size=64), LARGER)):
-            toy.init_weights(Transformer(ModelConfig.from_hf(shape)), 0).save_pretrained(path)
+            save_model(toy.init_weights(Transformer(ModelConfig.from_hf(shape)), 0), path)
         os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # else malloc keeps some of what has been freed
         for flags in ((), ("--low_memory",)):
             with multiprocessing.get_context("spawn").Pool(1) as fresh:

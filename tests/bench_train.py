@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
+from checkpoint import read_config, save_model  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 import model as model_file  # noqa: E402
 import lora_moe  # noqa: E402
 import common  # noqa: E402
@@ -40,7 +42,6 @@ import toy  # noqa: E402
 import train  # noqa: E402
 from chat import Tokenizer  # noqa: E402
 from lora_moe import disable_experts  # noqa: E402
-from model import ModelConfig, Transformer, read_config  # noqa: E402
 
 SHAPES = {  # width, inner width, layers, heads, heads of keys, vocabulary
     "tiny": (64, 176, 2, 4, 2, 2048), "small": (512, 1536, 8, 8, 4, 16000), "0.5b": (896, 4864, 24, 14, 2, 32000),
@@ -63,7 +64,7 @@ def make_work(folder, shape, pairs=64, vocabulary=None, lengths=HH, max_len=512)
         **{name: i for i, name in enumerate(names)}, **{f"w{i}": i for i in range(3, V)}}, unk_token="<pad>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([*names])
-    toy.init_weights(Transformer(ModelConfig.from_hf(hf)).requires_grad_(False), 0).save_pretrained(folder / "model")
+    save_model(toy.init_weights(Transformer(ModelConfig.from_hf(hf)).requires_grad_(False), 0), folder / "model")
     backend.save(str(folder / "model" / "tokenizer.json"))
     (folder / "model" / "tokenizer_config.json").write_text(json.dumps(dict(
         tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", pad_token="<pad>")))
@@ -298,7 +299,7 @@ def child(work, change="all of it", flags=()):
                                 *flags, *(() if callable(change) else change)])
     encoded, _ = train.load_data(config, Tokenizer(config.model, config.template))
     config = methods.METHODS[config.method].settle(config, encoded.groups)
-    model = train.load_model(config, Path(config.model), encoded.groups)
+    model = train.build_model(config, Path(config.model), encoded.groups)
     encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
     parameters = lora_moe.trainable_parameters(model.train())
     state = {"model": model, "encoded": encoded, "optimizer": train.make_optimizer(parameters, config),

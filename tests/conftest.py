@@ -22,8 +22,11 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
+import checkpoint  # noqa: E402
 import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
+from checkpoint import load_model  # noqa: E402
+from model import ModelConfig, ScoreModel, Transformer, stream  # noqa: E402
 import eval as eval_file  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
@@ -32,7 +35,6 @@ from data import apply_view  # noqa: E402
 from batch import Encoded, pack, policy_logps  # noqa: E402
 from lora_moe import add_experts, perturb_experts  # noqa: E402
 from common import UserError, read_json  # noqa: E402
-from model import ModelConfig, ScoreModel, Transformer, stream  # noqa: E402
 
 FIXTURES, LAYOUTS = ROOT / "tests" / "fixtures", ROOT / "tests" / "layouts"
 FAMILY_FIXTURES = ("llama", "llama3", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3", "gemma", "gemma2",
@@ -149,7 +151,7 @@ def tiny(shape, seed=0):
 
 
 def load_fixture(name):
-    return Transformer.from_pretrained(FIXTURES / name)
+    return load_model(FIXTURES / name)
 
 
 def moved_experts(name, targets, **settings):
@@ -208,14 +210,14 @@ def ids_of(tokenizer, pair):
 @torch.no_grad()
 def pair_logps(folder, pair):
     """[log π(chosen), log π(rejected)] of a Pair under the model in this folder."""
-    model = Transformer.from_pretrained(folder)
+    model = load_model(folder)
     prompt, *responses = ids_of(Tokenizer(folder), pair)
     return [float(logp_alone(model, prompt, response)) for response in responses]
 
 
 def score_alone(folder, template=None):
     """(prompt, response) -> the score of this one sequence: the head of the score model in a folder at its EOS."""
-    model, tokenizer = ScoreModel.from_pretrained(folder).eval(), Tokenizer(folder, template)
+    model, tokenizer = load_model(folder, kind=ScoreModel).eval(), Tokenizer(folder, template)
 
     @torch.no_grad()
     def score(prompt, response):
@@ -309,7 +311,7 @@ def load_run(*flags, groups=()):
     config = methods.parse_flags([*map(str, flags), "--device", "cpu"])
     config = methods.METHODS[config.method].settle(config, groups)
     base = train.base_folder(config)
-    return config, train.load_model(config, base, groups), Tokenizer(base, config.template)
+    return config, train.build_model(config, base, groups), Tokenizer(base, config.template)
 
 
 def small_pairs(view="safedpo", seed=0):
@@ -409,7 +411,7 @@ def check_that_it_is_evaluated_again_alike(out):
 
 def check_that_it_loads_and_is_evaluated_alike(out, policy):
     """The run folder holds every tensor of the trained model, and eval.py writes the bytes that the run wrote."""
-    trained, loaded = policy.state_dict(), eval_file.load_policy(out)[0].state_dict()
+    trained, loaded = policy.state_dict(), checkpoint.load_policy(out)[0].state_dict()
     assert trained.keys() == loaded.keys() and all(torch.equal(trained[key], loaded[key]) for key in trained)
     check_that_it_is_evaluated_again_alike(out)
 

@@ -11,13 +11,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import methods  # noqa: E402
+from checkpoint import save_model  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from conftest import encoded_of  # noqa: E402
 from lora_moe import add_experts  # noqa: E402
 from runs import Processes  # noqa: E402
 from common import DTYPES  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
 
 LLAMA = {"1B": (2048, 8192, 16, 64), "8B": (4096, 14336, 32, 128), "70B": (8192, 28672, 80, 128)}
 COUNTS = (1, 2, 8, 32)  # processes
@@ -73,12 +74,12 @@ def measure(flags, processes):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(processes.once(lambda: folder))
         if processes.rank == 0:
-            toy.init_weights(Transformer(ModelConfig.from_hf(SMALL)).requires_grad_(False), 0).save_pretrained(folder)
+            save_model(toy.init_weights(Transformer(ModelConfig.from_hf(SMALL)).requires_grad_(False), 0), folder)
         processes.once(lambda: None)
         config = methods.parse_flags(["--method", "sft", "--model", str(folder), "--device", "cpu", "--fsdp",
                                     "--batch_size", "1", "--max_steps", "3", *flags])
         before = kilobytes("VmRSS")
-        model = train.load_model(config, folder, (), processes)
+        model = train.build_model(config, folder, (), processes)
         took = [kilobytes("VmHWM") - before]
         expected = memory(model, processes.count, DTYPES[config.dtype].itemsize)
         took.append(kilobytes("VmRSS") - before)

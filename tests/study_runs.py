@@ -18,8 +18,9 @@ from safetensors import safe_open
 import toy
 from chat import Tokenizer
 from data import apply_view
-from eval import answer, load_policy, load_start
-from lora_moe import cached_logps, choose_experts, use_expert
+from checkpoint import cached_logps, load_policy, load_start
+from eval import answer
+from lora_moe import choose_experts, use_expert
 from runs import read_settings
 from batch import encode
 from common import read_json, write_text

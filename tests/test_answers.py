@@ -10,8 +10,11 @@ import pytest
 import tokenizers
 import torch
 
+import checkpoint
 import judges
 import batch as batch_file
+from checkpoint import load_model
+from model import ScoreModel
 import model as model_file
 import eval as eval_file
 import toy
@@ -24,7 +27,6 @@ from lora_moe import expert_layers, use_expert
 from batch import longest
 from report import markdown_table, win_rate
 from common import read_json
-from model import ScoreModel, Transformer
 
 # Prompts
 
@@ -163,7 +165,7 @@ def test_an_expert_a_sparse_mixture_and_fixed_weights_answer(asked):
 def test_users_are_answered_by_the_experts_that_the_gate_gives_them_in_turn(asked):
     out = run("run", "--method", "moe-dpo", "--lora_rank", 4, "--annotators", 4, "--max_steps", 1)
     expert = {"warmth 000": 0, "warmth 002": 1, "curtness 001": 1, "curtness 003": 1}
-    names = eval_file.load_policy(out)[0].gate.spec["groups"]
+    names = checkpoint.load_policy(out)[0].gate.spec["groups"]
     edit_tensors(out / "experts/experts.safetensors", lambda tensors: tensors.update(
         {"gate.weight": 99 * torch.eye(2)[[expert[name] for name in names]], "gate.bias": torch.zeros(2)}))
     for users, experts in (("warmth", [0, 1]), ("curtness", [1, 1]), ("warmth 000", [0, 0])):
@@ -179,8 +181,8 @@ def test_users_are_answered_by_the_experts_that_the_gate_gives_them_in_turn(aske
 
 def test_kl_and_log_probs_are_those_of_single_sequences(policy):
     row = evaluate(policy)["rows"][policy]
-    model, tokenizer, _ = eval_file.load_policy(policy)
-    start, ratios = Transformer.from_pretrained(BASE), []
+    model, tokenizer, _ = checkpoint.load_policy(policy)
+    start, ratios = load_model(BASE), []
     for one in kept(policy):
         prompt = tokenizer.encode([tokenizer.render(one["prompt"])])[0]
         with torch.no_grad():
@@ -195,8 +197,8 @@ def test_kl_and_log_probs_are_those_of_single_sequences(policy):
 def test_kl_of_a_mixture_is_that_of_the_expert_that_answered(asked):
     out = run("mix", "--method", "mix-dpo", "--lora_rank", 4, "--gate", "0.5,0.5", "--expert_noise", 0.5, "--max_steps", 1)
     row = evaluate(out)["rows"][str(out)]
-    model, tokenizer, _ = eval_file.load_policy(out)
-    start, ratios = Transformer.from_pretrained(BASE), []
+    model, tokenizer, _ = checkpoint.load_policy(out)
+    start, ratios = load_model(BASE), []
     for one in kept(out):
         prompt = tokenizer.encode([tokenizer.render(one["prompt"])])[0]
         use_expert(model, one["expert"])
@@ -215,7 +217,7 @@ def test_the_chosen_responses_of_a_source_are_measured(policy):
     write_rows(folder / "train.jsonl", {"prompt": "Why?", "chosen": "So.", "rejected": "No."})
     eval_file.main([policy, "--prompts", "source", *map(str, FLAGS)])
     rows = read_json(Path("out/eval-source.json"))["rows"]
-    tokenizer, start, values = Tokenizer(BASE), Transformer.from_pretrained(BASE), []
+    tokenizer, start, values = Tokenizer(BASE), load_model(BASE), []
     for text, chosen in {pair.prompt: pair.chosen for pair in reversed(pairs)}.items():
         prompt, response = tokenizer.encode([tokenizer.render(text), chosen])
         with torch.no_grad():
@@ -289,7 +291,7 @@ def test_the_best_is_bold_only_outside_the_errors():
 def test_routers_are_reported_by_label_at_the_prompt_and_over_the_answer(asked):
     out = run("pmol", "--method", "pmol", "--lora_rank", 4, "--lr", 1e-2, "--max_steps", 3)
     report = evaluate(out)["routers"][str(out)]
-    model, tokenizer, _ = eval_file.load_policy(out)
+    model, tokenizer, _ = checkpoint.load_policy(out)
     rows = kept(out)
     for name, layer in expert_layers(model):
         at_prompt, over_answer = [], []
@@ -416,7 +418,7 @@ def test_runs_with_other_templates_have_a_start_each(asked):
 def test_a_mixture_of_one_expert_is_merged_without_its_gate(asked):
     out = run("one", "--method", "mix-dpo", "--experts", 1, "--lora_rank", 4, "--max_steps", 2)
     eval_file.main(["--merge", str(out), "--out", "merged", "--device", "cpu"])
-    assert Transformer.from_pretrained("merged")
+    assert load_model("merged")
 
 
 @pytest.mark.parametrize("flags, parts", (

@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
+import checkpoint
 import report as report_file
-import eval as eval_file
 import toy
 from conftest import line_of
 from report import mean_and_error
@@ -65,7 +65,7 @@ def test_folders_that_are_no_finished_run_are_named(tmp_path):
                        ('{"lora_rank": 0, "base": "x"}', "did the run finish?")):
         if text:
             (tmp_path / "config.json").write_text(text)
-        message = line_of(eval_file.load_policy, tmp_path)
+        message = line_of(checkpoint.load_policy, tmp_path)
         assert part in message and str(tmp_path) in message
 
 

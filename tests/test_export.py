@@ -4,18 +4,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoint import load_adapter, load_model
+import checkpoint
 import eval as eval_file
 from conftest import BASE, line_of, logits_of, run
-from lora_moe import Gate, expert_layers, load_adapter, use_expert
+from lora_moe import Gate, expert_layers, use_expert
 from common import read_json
-from model import Transformer
 
 TOKENS = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
 STEPS = ("--lora_rank", 4, "--lr", 1e-2, "--max_steps", 3)
 
 
 def policy_logits(out, expert=None):
-    policy = eval_file.load_policy(out)[0]
+    policy = checkpoint.load_policy(out)[0]
     if expert is not None:
         use_expert(policy, expert)
     return logits_of(policy, TOKENS)
@@ -30,7 +31,7 @@ def close(got, want):
 def test_a_merged_run_is_a_plain_checkpoint_with_the_runs_logits(quick, flags):
     out = run("run", *flags)
     eval_file.main(["--merge", str(out), "--out", "merged"])
-    model = Transformer.from_pretrained("merged")
+    model = load_model("merged")
     assert not list(expert_layers(model)) and close(logits_of(model, TOKENS), policy_logits(out))
     assert Path("merged/tokenizer.json").is_file()
 
@@ -46,7 +47,7 @@ def test_several_experts_are_merged_at_fixed_weights_only(quick):
     assert "--static" in line_of(eval_file.main, ["--merge", str(out), "--out", "merged"])
     assert not Path("merged").exists()
     eval_file.main(["--merge", str(out), "--static", "0,1", "--out", "merged"])
-    assert close(logits_of(Transformer.from_pretrained("merged"), TOKENS), policy_logits(out, expert=1))
+    assert close(logits_of(load_model("merged"), TOKENS), policy_logits(out, expert=1))
 
 
 @pytest.mark.parametrize("flags", ((), ("--gate", "prompt"), ("--gate", "constant"), ("--gate", "0.3,0.7"),
@@ -57,7 +58,7 @@ def test_each_exported_expert_is_a_peft_adapter_with_its_logits(quick, flags):
     gate = read_json("exported/gate.json")
     assert gate["experts"] == ["expert-0", "expert-1"]
     for k, name in enumerate(gate["experts"]):
-        model = load_adapter(Transformer.from_pretrained(BASE), f"exported/{name}")
+        model = load_adapter(load_model(BASE), f"exported/{name}")
         assert close(logits_of(model, TOKENS), policy_logits(out, expert=k))
     assert not close(policy_logits(out, 0), policy_logits(out, 1))
 
@@ -65,7 +66,7 @@ def test_each_exported_expert_is_a_peft_adapter_with_its_logits(quick, flags):
 def test_the_exported_gate_has_the_weights_of_every_user_and_of_an_unknown_one(quick):
     out = run("run", "--method", "moe-dpo", *STEPS, "--annotators", 4)
     eval_file.main(["--export", str(out), "--out", "exported"])
-    gate, trained = read_json("exported/gate.json"), eval_file.load_policy(out)[0].gate
+    gate, trained = read_json("exported/gate.json"), checkpoint.load_policy(out)[0].gate
     assert list(gate["users"]) == trained.spec["groups"] and len(gate["users"]) == 4
     logits = trained.weight.double() + trained.bias.double()
     for weights, row in zip(gate["users"].values(), logits.softmax(-1)):
@@ -77,7 +78,7 @@ def test_the_exported_gate_has_the_weights_of_every_user_and_of_an_unknown_one(q
 def test_an_exported_gate_on_prompts_is_a_linear_map(quick):
     out = run("run", "--method", "moe-dpo", *STEPS, "--gate", "prompt")
     eval_file.main(["--export", str(out), "--out", "exported"])
-    gate, trained = read_json("exported/gate.json"), eval_file.load_policy(out)[0].gate
+    gate, trained = read_json("exported/gate.json"), checkpoint.load_policy(out)[0].gate
     pooled = torch.randn(5, len(gate["weight"]))
     again = (pooled @ torch.tensor(gate["weight"]) + torch.tensor(gate["bias"])).softmax(-1)
     assert torch.allclose(again, trained(pooled).exp(), atol=1e-6) and isinstance(trained, Gate)

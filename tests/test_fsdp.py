@@ -13,14 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import methods
-import model
+from checkpoint import save_model
+from model import ModelConfig, Transformer
 import toy
 import train
 from conftest import interrupt_at, make_quick, make_small, mistake, run, timeless
 from common import as_command
 from runs import Processes
-from model import ModelConfig, Transformer
 from test_processes import torchrun
 
 RUNS = {"all weights": ("--method", "safedpo", "--eval_every", 3), "lora": ("--method", "dpo", "--lora_rank", 4),
@@ -58,7 +59,7 @@ def test_sharded_runs_are_those_of_one_process(quick, monkeypatch):
     for path in Path("out/cache").iterdir():
         path.unlink()
     shape = toy.init_weights(Transformer(ModelConfig.from_hf(DEEP)), 0)
-    shape.save_pretrained("deep")
+    save_model(shape, "deep")
     report = json.loads(next(line for line in torchrun(__file__).splitlines() if line.startswith("[{")))
     for name in RUNS:
         check_same(Path(f"out/{name}"), Path(f"out/{name} whole"))
@@ -92,16 +93,16 @@ def live_bytes():
 
 def load_deep(patch, processes):
     """{"peak": bytes of weights while a deep model is read, "held": and then}."""
-    peaks, read = [], model.read_tensors
+    peaks, read = [], checkpoint.read_tensors
 
     def watching(*args):
         for item in read(*args):
             peaks.append(live_bytes())
             yield item
-    patch.setattr(model, "read_tensors", watching)
+    patch.setattr(checkpoint, "read_tensors", watching)
     gc.collect()
     gc.freeze()
-    deep = train.load_model(methods.parse_flags(["--fsdp", "--device", "cpu"]), Path("deep"), (), processes)
+    deep = train.build_model(methods.parse_flags(["--fsdp", "--device", "cpu"]), Path("deep"), (), processes)
     gc.collect()
     return {"peak": max(peaks), "held": live_bytes(), "blocks": len(deep.model.layers)}
 

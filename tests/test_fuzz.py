@@ -27,19 +27,21 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 import methods
 import lora_moe
 import batch as batch_file
 import common
 import data
+from checkpoint import adapter_warnings, load_adapter, load_experts, load_model, save_experts, save_model
+from model import ScoreModel, Transformer, generate
 import eval as eval_file
 import train
 from conftest import FIXTURES, LAYOUTS, byte_tokenizer, edit_json, leftovers, line_of, load_fixture, moved_experts
 from chat import Tokenizer
-from lora_moe import adapter_warnings, add_gate, choose_experts, load_adapter, load_experts, save_experts, use_expert
+from lora_moe import add_gate, choose_experts, use_expert
 from runs import load_checkpoint, save_checkpoint
 from common import UserError
-from model import ScoreModel, Transformer, generate
 
 CASES, FIRST = int(os.environ.get("FUZZ_CASES", 300)), int(os.environ.get("FUZZ_FIRST", 0))
 SECONDS = 5                    # of the processor that one case may take
@@ -200,13 +202,13 @@ def fuzz(kind, prepare, names=None):
 
 def use_model(folder, kind=Transformer):
     """Load a checkpoint, run it and write it again."""
-    model = kind.from_pretrained(folder)
+    model = load_model(folder, kind=kind)
     if kind is Transformer:
         generate(model, [[1, 2, 3], [4]], 2, eos_ids=model.config.eos_ids)
     else:
         model(torch.tensor([[1, 2, 3]]), torch.tensor([2]))
-    model.save_pretrained(folder / "again")
-    kind.from_pretrained(folder / "again")
+    save_model(model, folder / "again")
+    load_model(folder / "again", kind=kind)
     assert not leftovers(folder)
 
 
@@ -454,7 +456,7 @@ def test_settings_of_a_run(tmp_path):
 
         def use():
             try:
-                common.as_command(lambda: eval_file.load_start(eval_file.load_policy(tmp_path / "run")[2]), "", "")
+                common.as_command(lambda: checkpoint.load_start(checkpoint.load_policy(tmp_path / "run")[2]), "", "")
             except SystemExit as error:
                 raise UserError(error.code) from None
         return what, use, tmp_path, *("no such", "not a folder", "not a model folder", "not a directory",

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import FAMILY_FIXTURES, FIXTURES, load_fixture
-from lora_moe import add_experts, load_adapter, merge_experts, perturb_experts
+from checkpoint import load_adapter
+from lora_moe import add_experts, merge_experts, perturb_experts
 from common import UserError
 from model import KVCache, generate, packed_linears, packs_linears, sample, stream
 

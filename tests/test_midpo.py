@@ -10,7 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import methods
+from checkpoint import load_model, save_model
+from model import ScoreModel, generate
 import eval as eval_file
 import toy
 import train
@@ -20,7 +23,6 @@ from conftest import (BASE, COMPARISONS, check_that_it_is_evaluated_again_alike,
 from data import apply_view
 from lora_moe import expert_layers
 from common import read_json
-from model import ScoreModel, Transformer, generate
 
 STAGES = ["reward", "cost", "safety", "helpful"]
 FLAGS = ("--method", "midpo", "--max_steps", 4, "--log_every", 1, "--batch_size", 4)
@@ -171,9 +173,9 @@ def test_the_safety_expert_is_trained_again_when_the_cost_model_changes(mixture,
     assert {"cost", "safety"} <= set(changed) and "reward" not in changed
     assert stored == {path: path.read_bytes() for path in mixture.rglob("*.safetensors")}
 
-    model = ScoreModel.from_pretrained(mixture / "cost/model")
+    model = load_model(mixture / "cost/model", kind=ScoreModel)
     model.score.weight.data.mul_(20)
-    model.save_pretrained(mixture / "cost/model")
+    save_model(model, mixture / "cost/model")
     assert "safety" in runs_of(monkeypatch)
     run("run", *FLAGS)
     adapter = mixture / "safety/adapter/adapter_model.safetensors"
@@ -238,7 +240,7 @@ def test_the_experts_and_the_base_are_frozen_bit_for_bit_while_routers_learn(mix
         else:
             assert ".router.networks." in name and not torch.equal(tensor, fresh[name]), name
     assert experts == 2 and len(stored) == 2 + 2 * 6
-    loaded = eval_file.load_policy(mixture)[0].state_dict()
+    loaded = checkpoint.load_policy(mixture)[0].state_dict()
     assert all(torch.equal(loaded[name.replace("down_proj.", "down_proj.base.")], base[name]) for name in base)
     assert load_file(f"{BASE}/model.safetensors").keys() == base.keys()
 
@@ -260,7 +262,7 @@ def test_nothing_but_the_routers_moves_in_memory_either(mixture, monkeypatch):
 def test_first_loss_of_the_routers_is_dpo_plus_the_l1_term_of_single_sequences(mixture):
     """The L1 term is over every token of the packed batch once: a pair's prompt, and both of its responses."""
     config, model, tokenizer = load_run(*FLAGS, "--init_adapter", ADAPTERS)
-    base, losses, distances = Transformer.from_pretrained(BASE), [], []
+    base, losses, distances = load_model(BASE), [], []
 
     def distance(start):
         for _, layer in expert_layers(model):
@@ -317,7 +319,7 @@ def test_midpo_runs_in_bfloat16(place):
 
 @torch.no_grad()
 def test_the_loaded_mixture_generates_what_step_by_step_argmax_without_a_cache_gives(mixture):
-    policy, tokenizer, _ = eval_file.load_policy(mixture)
+    policy, tokenizer, _ = checkpoint.load_policy(mixture)
     for _, layer in expert_layers(policy):  # the base repeats one word; with experts this large something happens
         layer.lora_B.copy_(2 * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(1)))
         for parameter in layer.router.parameters():
@@ -342,7 +344,7 @@ def test_the_finished_mixture_is_evaluated_again_with_the_same_result(mixture):
 @pytest.mark.parametrize("split", ("test", "dev"))
 def test_the_report_on_routers_is_the_median_at_the_last_token_of_each_prompt_alone(mixture, split):
     eval_file.main([str(mixture), "--device", "cpu", "--split", split])
-    policy, tokenizer, _ = eval_file.load_policy(mixture)
+    policy, tokenizer, _ = checkpoint.load_policy(mixture)
     prompts = toy.eval_prompts(split, 0)
     report = read_json(mixture / ("eval-dev.json" if split == "dev" else "eval.json"))["router"]
     assert report.keys() == {name for name, _ in expert_layers(policy)} and len(prompts) > 30

@@ -13,10 +13,11 @@ from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line
                       relative_error, tiny)
 from chat import Tokenizer
 from batch import pack
-from lora_moe import (Gate, add_experts, choose_experts, expert_layers, expert_logps, load_experts, merge_experts,
-                      mixture_logps, perturb_experts, pooled_states, save_experts, set_routers, use_expert)
+from checkpoint import load_experts, load_model, save_experts
+from lora_moe import (Gate, add_experts, choose_experts, expert_layers, expert_logps, merge_experts, mixture_logps,
+                      perturb_experts, pooled_states, set_routers, use_expert)
 from common import read_json
-from model import Transformer, generate, stream
+from model import generate, stream
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (7, 1, 3), (2, 3, 1), (9, 8, 7)]
 
@@ -259,11 +260,11 @@ def test_a_user_gate_is_asked_about_the_users_with_a_prefix_in_turn():
 
 
 def test_a_gate_on_prompts_looks_at_the_bases_states_of_each_rendered_prompt(place):
-    tokenizer, base = Tokenizer(BASE), Transformer.from_pretrained(BASE)
+    tokenizer, base = Tokenizer(BASE), load_model(BASE)
     texts = [tokenizer.render(text) for text in ("How do I bake a pie?", "Tell me how to sew a flag.", "Why?")]
     with torch.no_grad():
         states = torch.stack([base(torch.tensor([ids]))[0].mean(0) for ids in tokenizer.encode(texts)])
-    model = add_experts(Transformer.from_pretrained(BASE), ["down_proj"], 2, 4, num_experts=4)
+    model = add_experts(load_model(BASE), ["down_proj"], 2, 4, num_experts=4)
     for _, layer in expert_layers(model):
         layer.lora_B.data.normal_(0, 1)
     model.gate = Gate("prompt", 4, width=32)

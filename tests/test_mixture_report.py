@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import report as report_file
+from checkpoint import load_model, save_model
 import eval as eval_file
 import train
 from conftest import BASE, load_run, log_softmax, pair_logps, preference_pairs, run
 from batch import Encoded
 from report import expert_margins
 from lora_moe import expert_layers, mixture_logps
-from model import Transformer
 
 ANNOTATORS = tuple(f"{taste} {number:03}" for number in range(3) for taste in ("curtness", "warmth"))
 EVEN = [math.log(0.5)] * 2
@@ -95,17 +96,17 @@ FLAGS = ("--lora_rank", 4, "--annotators", 6, "--max_steps", 3, "--log_every", 1
 
 def save_merged(model, k, folder):
     """The base plus expert k of a mixture of rank 4 on it, with the tokenizer's files, in a folder."""
-    plain = Transformer.from_pretrained(BASE)
+    plain = load_model(BASE)
     for name, layer in expert_layers(model):
         part = slice(4 * k, 4 * k + 4)
         plain.get_submodule(name).weight.data += layer.alpha / 4 * layer.lora_B.data[:, part] @ layer.lora_A.data[part]
-    plain.save_pretrained(Path(folder))
+    save_model(plain, Path(folder))
 
 
 def test_margins_of_a_model_are_those_of_single_sequences(quick):
     """Δr of every pair under every expert, and the gate."""
     out = run("run", *FLAGS, "--method", "moe-dpo", "--lr", 3e-2)
-    model = eval_file.load_policy(out)[0]
+    model = checkpoint.load_policy(out)[0]
     config, _, tokenizer = load_run(*FLAGS, "--method", "moe-dpo", groups=ANNOTATORS)
     encoded, _ = train.load_data(config, tokenizer)
     encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()

@@ -11,11 +11,13 @@ import torch
 from huggingface_hub import errors, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
+from checkpoint import find_folder, load_model, read_config, save_model
+from model import FAMILIES, ModelConfig, RMSNorm, ScoreModel, Transformer
+import checkpoint
 import model as model_file
 from conftest import (FAMILY_FIXTURES, FIXTURES, edit_json, edit_tensors, line_of, load_fixture, logits_of,
                       relative_error)
 from common import atomic_file, atomic_folder, read_json, write_text
-from model import FAMILIES, ModelConfig, RMSNorm, ScoreModel, Transformer, find_folder, read_config
 
 
 def copy_of(name, tmp_path):
@@ -71,7 +73,7 @@ def test_older_spelling_of_rope_gives_the_same_logits(name, tmp_path):
     config.pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps(config))
     expected = load_file(FIXTURES / name / "expected.safetensors")
-    assert relative_error(logits_of(Transformer.from_pretrained(folder), expected["tokens"]), expected["logits"]) < 2e-5
+    assert relative_error(logits_of(load_model(folder), expected["tokens"]), expected["logits"]) < 2e-5
 
 
 def test_linear_rope_scaling_divides_positions():
@@ -102,7 +104,7 @@ def test_layer_types_decide_which_layers_slide():
 
 def test_bfloat16_logits_stay_near_float32():
     expected = load_file(FIXTURES / "gemma2" / "expected.safetensors")
-    model = Transformer.from_pretrained(FIXTURES / "gemma2", dtype=torch.bfloat16)
+    model = load_model(FIXTURES / "gemma2", dtype=torch.bfloat16)
     assert model.model.norm.weight.dtype == torch.bfloat16
     assert relative_error(logits_of(model, expected["tokens"]).float(), expected["logits"]) < 0.1
 
@@ -144,7 +146,7 @@ def test_heads_that_share_a_key_have_the_outputs_and_gradients_of_copies_of_it()
 
 def test_score_model_equals_transformers_sequence_classification():
     expected = load_file(FIXTURES / "score" / "expected.safetensors")
-    model = ScoreModel.from_pretrained(FIXTURES / "score")
+    model = load_model(FIXTURES / "score", kind=ScoreModel)
     B, T = expected["tokens"].shape
     with torch.no_grad():
         scores = model(expected["tokens"], torch.arange(B) * T + expected["lengths"] - 1)
@@ -173,11 +175,11 @@ def test_safe_rlhf_scores_follow_their_formula(kind, normalise, formula, tmp_pat
     folder = beaver_folder(tmp_path, score_type=kind, do_normalize=normalise, normalizer_type="RunningMeanStd")
     last = torch.arange(3) * 11 + expected["lengths"] - 1
     want = formula(expected["scores"].double() + 0.7)
-    model = ScoreModel.from_pretrained(folder)
+    model = load_model(folder, kind=ScoreModel)
     with torch.no_grad():
         assert relative_error(model(expected["tokens"], last).double(), want) < 2e-5
-        model.save_pretrained(tmp_path / "again")
-        assert torch.equal(ScoreModel.from_pretrained(tmp_path / "again")(expected["tokens"], last),
+        save_model(model, tmp_path / "again")
+        assert torch.equal(load_model(tmp_path / "again", kind=ScoreModel)(expected["tokens"], last),
                            model(expected["tokens"], last))
     assert "score_head.bias" in load_file(tmp_path / "again" / "model.safetensors")
 
@@ -185,7 +187,7 @@ def test_safe_rlhf_scores_follow_their_formula(kind, normalise, formula, tmp_pat
 def test_safe_rlhf_shards_in_pytorch_format_load(tmp_path):
     folder = beaver_folder(tmp_path, score_type="cost", do_normalize=True, normalizer_type="RunningMeanStd")
     tensors = load_file(folder / "model.safetensors")
-    before = ScoreModel.from_pretrained(folder)
+    before = load_model(folder, kind=ScoreModel)
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
@@ -193,7 +195,7 @@ def test_safe_rlhf_shards_in_pytorch_format_load(tmp_path):
         torch.save({name: tensors[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    after = ScoreModel.from_pretrained(folder)
+    after = load_model(folder, kind=ScoreModel)
     assert all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
 
 
@@ -204,13 +206,13 @@ def test_safe_rlhf_shards_in_pytorch_format_load(tmp_path):
 def test_saved_checkpoint_has_the_original_tensors_and_logits(name, tmp_path):
     expected = load_file(FIXTURES / name / "expected.safetensors")
     model = load_fixture(name)
-    model.save_pretrained(tmp_path / "saved")
+    save_model(model, tmp_path / "saved")
     stored, saved = (load_file(folder / "model.safetensors") for folder in (FIXTURES / name, tmp_path / "saved"))
     assert stored.keys() == saved.keys()
     assert all(torch.equal(stored[key].float(), saved[key]) for key in stored)
     config, original = (read_json(folder / "config.json") for folder in (tmp_path / "saved", FIXTURES / name))
     assert config.pop("torch_dtype") == "float32" and original.pop("dtype") == "float16" and config == original
-    again = Transformer.from_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
     assert torch.equal(logits_of(again, expected["tokens"]), logits_of(model, expected["tokens"]))
     assert again.config.eos_ids == (2,)
 
@@ -219,17 +221,17 @@ def test_saved_folder_keeps_the_tokenizer_files(tmp_path):
     folder = copy_of("llama", tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / name).write_text(name)
-    Transformer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    save_model(load_model(folder), tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").read_text() == "chat_template.jinja"
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(os.listdir(tmp_path / "saved"))
 
 
 def test_big_checkpoints_are_saved_in_shards_that_load(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_file, "SHARD_SIZE", "20KB")
+    monkeypatch.setattr(checkpoint, "SHARD_SIZE", "20KB")
     model = load_fixture("gpt2")
-    model.save_pretrained(tmp_path / "saved")
+    save_model(model, tmp_path / "saved")
     assert len(list((tmp_path / "saved").glob("model-*-of-*.safetensors"))) > 2
-    again = Transformer.from_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved")
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
@@ -291,7 +293,7 @@ def test_sharded_safetensors_load(tmp_path):
     (folder / "model.safetensors").unlink()
     save_torch_state_dict(tensors, folder, max_shard_size="9KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
-    whole, sharded = load_fixture("qwen2"), Transformer.from_pretrained(folder)
+    whole, sharded = load_fixture("qwen2"), load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), sharded.state_dict().values()))
 
 
@@ -302,7 +304,7 @@ def test_pytorch_model_bin_loads(new_format, tmp_path):
     (folder / "model.safetensors").unlink()
     tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4, dtype=torch.bool)  # a mask that old files hold
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
-    whole, loaded = load_fixture("gpt2"), Transformer.from_pretrained(folder)
+    whole, loaded = load_fixture("gpt2"), load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), loaded.state_dict().values()))
 
 
@@ -311,7 +313,7 @@ def test_gpt2_checkpoint_of_the_bare_trunk_loads(tmp_path):
     folder = copy_of("gpt2", tmp_path)
     tensors = {name.removeprefix("transformer."): t for name, t in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
-    whole, loaded = load_fixture("gpt2"), Transformer.from_pretrained(folder)
+    whole, loaded = load_fixture("gpt2"), load_model(folder)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), loaded.state_dict().values()))
 
 
@@ -440,7 +442,7 @@ def test_a_hub_id_downloads_only_what_is_needed(monkeypatch):
         asked.append((name, allow_patterns))
         return str(FIXTURES / "llama")
     monkeypatch.setattr(model_file, "snapshot_download", snapshot_download)
-    assert Transformer.from_pretrained("somebody/llama").folder == FIXTURES / "llama"
+    assert load_model("somebody/llama").folder == FIXTURES / "llama"
     [(name, patterns)] = asked
     assert name == "somebody/llama" and "tokenizer.json" in patterns
     assert not any(pattern.endswith((".bin", ".py", "*")) for pattern in patterns)
@@ -456,7 +458,7 @@ def test_pickles_are_downloaded_only_where_there_is_nothing_else(monkeypatch, tm
             torch.save(tensors, folder / "pytorch_model.bin")
         return str(folder)
     monkeypatch.setattr(model_file, "snapshot_download", snapshot_download)
-    assert Transformer.from_pretrained("somebody/llama").folder == folder
+    assert load_model("somebody/llama").folder == folder
 
 
 @pytest.mark.parametrize("error, says", [
@@ -496,9 +498,9 @@ import torch.nn.init
 for name in ("uniform_", "normal_", "kaiming_uniform_"):
     setattr(torch.nn.init, name, lambda tensor, *a, **k: tensor if tensor.is_meta else sys.exit("random weights"))
 peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-Transformer.from_pretrained({tiny!r})  # what loading imports is not what it needs for the weights
+load_model({tiny!r})  # what loading imports is not what it needs for the weights
 before = peak()
-model = Transformer.from_pretrained({folder!r}, dtype=torch.{dtype})
+model = load_model({folder!r}, dtype=torch.{dtype})
 print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
 """
 

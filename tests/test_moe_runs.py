@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from checkpoint import load_model, save_adapter, save_model
 import eval as eval_file
 import losses
 from conftest import (BASE, check_that_it_loads_and_is_evaluated_alike, files_of, first_batch, grouped_file,
                       interrupt_at, mistake, pair_logps, preference_pairs, rows, run, timeless, write_rows)
-from lora_moe import add_experts, merge_experts, perturb_experts, save_adapter
+from lora_moe import add_experts, merge_experts, perturb_experts
 from common import read_json
-from model import Transformer
 
 SHORT = ("--max_steps", 3, "--log_every", 1, "--batch_size", 6)
 FLAGS = (*SHORT, "--lora_rank", 4, "--annotators", 6)
@@ -124,9 +124,9 @@ def test_each_expert_is_compared_with_its_own_reference(quick):
 
 def test_a_mixture_can_start_from_adapters_one_expert_each(quick):
     for k in (0, 1):
-        model = add_experts(Transformer.from_pretrained(BASE), ["down_proj"], 2, 4, seed=k)
+        model = add_experts(load_model(BASE), ["down_proj"], 2, 4, seed=k)
         save_adapter(perturb_experts(model, 0.3, k), f"adapter{k}")
-        merge_experts(model).save_pretrained(Path(f"merged{k}"))
+        save_model(merge_experts(model), Path(f"merged{k}"))
     flags = (*SHORT, "--annotators", 6, "--method", "mix-dpo", "--init_adapter", "adapter0,adapter1")
     assert rows(run("start", *flags))[0]["loss"] == pytest.approx(math.log(2), rel=1e-6), "each is its own reference"
     out = run("run", *flags, "--references", f"{BASE},{BASE}")

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import data
-import eval as eval_file
+from checkpoint import load_model
 import toy
 from conftest import (BASE, check_that_it_is_evaluated_again_alike, check_that_it_loads_and_is_evaluated_alike,
                       files_of, first_batch, grouped_file, ids_of, interrupt_at, load_run, mistake, preference_pairs,
@@ -19,7 +20,6 @@ from data import Pair
 from lora_moe import expert_layers
 from losses import expert_group_soft_loss, group_targets
 from common import read_json
-from model import Transformer
 
 # The targets
 
@@ -122,7 +122,7 @@ def plain_metrics(flags, pairs, names, target):
     """router/soft_loss, router/empty and router/entropy at the first step: every pair alone, layer by layer, token by
     token. Experts are zero as yet, so the routers see what the base's layers see."""
     _, model, tokenizer = load_run(*flags, groups=names)
-    base, inputs_of = Transformer.from_pretrained(BASE).double(), {}
+    base, inputs_of = load_model(BASE).double(), {}
     routers = {name: layer.router.linear.weight.double() for name, layer in expert_layers(model)}
     for name in routers:
         base.get_submodule(name).register_forward_hook(
@@ -234,7 +234,7 @@ def test_baselines_train_on_the_same_pairs_and_are_scored_by_the_same_preference
 
 def test_the_router_report_has_medians_over_each_preferences_prompts(quick):
     out = run("run", *FLAGS, "--lr", 1e-2)
-    report, (model, tokenizer, _) = read_json(out / "eval.json")["router"], eval_file.load_policy(out)
+    report, (model, tokenizer, _) = read_json(out / "eval.json")["router"], checkpoint.load_policy(out)
     layers, entropies = list(expert_layers(model)), {}
     for name, prompts in toy.preference_sample(THREE, "test", 0).items():
         weights = {layer: [] for layer, _ in layers}

@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 
+from checkpoint import load_model
 import eval as eval_file
 import toy
 from conftest import BASE
 from chat import Tokenizer
-from model import Transformer
 from toy import (CLOSINGS, CONTEXTS, OPENINGS, PREFERENCES, REFUSALS, WARM, Prompt, draw_answer, make_preferences,
                  oracle, preference_prompts, preference_score, tasks)
 
@@ -158,7 +158,7 @@ def test_preferences_are_scored_on_prompts_that_ask_for_them(quick, monkeypatch)
             length = len(prompt.task.steps)
             scores[name].append(expected[name][i % 3] if expected[name] else (1 - (1 + length) / 8, 0.75, 0.0)[i % 3])
     monkeypatch.setattr(eval_file, "stream", lambda model, tokens, *_: enumerate(mouths[tuple(ids)] for ids in tokens))
-    model = Transformer.from_pretrained(BASE)
+    model = load_model(BASE)
     answers = partial(eval_file.answer, model, tokenizer, seed=3, temperature=0.7)
     asked = []
     metrics = toy.evaluate_preferences(lambda texts, users: asked.append(users) or answers(texts, users=users), names,

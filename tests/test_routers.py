@@ -15,11 +15,10 @@ from conftest import (FIXTURES, edit_tensors, encoded_of, line_of, load_fixture,
 from batch import pack
 from losses import expert_group_soft_loss, group_targets, router_l1
 from report import router_table
+from checkpoint import load_experts, load_model, save_experts, save_model
 from lora_moe import (ConstantRouter, ExpertLinear, SigmoidRouter, SoftmaxRouter, add_experts, disable_experts,
-                      expert_layers, is_routed, load_experts, merge_experts, router_weights, save_experts,
-                      set_routers)
+                      expert_layers, is_routed, merge_experts, router_weights, set_routers)
 from common import read_json
-from model import Transformer
 
 # One layer
 
@@ -402,10 +401,10 @@ def test_a_mixture_merged_at_constant_weights_runs_as_it_did_with_them(weights, 
     model = set_routers(routed_llama(SIGMOID), {"type": "constant", "weights": weights})
     running = logits_of(model, tokens)
     assert relative_error(running, logits_of(load_fixture("llama"), tokens)) > 1e-2
-    merge_experts(model).save_pretrained(tmp_path / "merged")
+    save_model(merge_experts(model), tmp_path / "merged")
     assert not list(expert_layers(model))
     assert relative_error(logits_of(model, tokens), running) < 1e-5
-    assert relative_error(logits_of(Transformer.from_pretrained(tmp_path / "merged"), tokens), running) < 1e-5
+    assert relative_error(logits_of(load_model(tmp_path / "merged"), tokens), running) < 1e-5
 
 
 def test_routed_weights_cannot_be_merged():

@@ -12,9 +12,12 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import judges
 import batch as batch_file
 import data
+from checkpoint import load_model, save_model
+from model import ModelConfig, ScoreModel, Transformer
 import eval as eval_file
 import toy
 from conftest import (BASE, COMPARISONS, LAYOUTS, SMALL_MODEL, edit_json, edit_tensors, first_batch, json_lines,
@@ -22,7 +25,6 @@ from conftest import (BASE, COMPARISONS, LAYOUTS, SMALL_MODEL, edit_json, edit_t
 from chat import Tokenizer
 from data import apply_view, read_comparisons
 from common import UserError
-from model import ModelConfig, ScoreModel, Transformer
 
 
 def random_score_model(tokenizer_folder, folder, seed=0, **shape):
@@ -32,7 +34,7 @@ def random_score_model(tokenizer_folder, folder, seed=0, **shape):
     model = ScoreModel.from_policy(toy.init_weights(Transformer(shape), seed, deviation=0.3))
     torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(seed + 3))
     model.folder = tokenizer_folder
-    model.save_pretrained(folder)
+    save_model(model, folder)
     return str(folder)
 
 
@@ -85,7 +87,7 @@ def test_a_score_model_is_saved_and_its_held_out_metrics_are_those_of_single_seq
 
 
 def test_a_fresh_score_model_scores_everything_zero_and_can_learn(place):
-    model, tokenizer = ScoreModel.from_policy(Transformer.from_pretrained(BASE)), Tokenizer(BASE)
+    model, tokenizer = ScoreModel.from_policy(load_model(BASE)), Tokenizer(BASE)
     texts = [(pair.prompt, response) for pair in small_pairs("helpful")[:10] for response in (pair.chosen, "", "x")]
     assert batch_file.score(model, tokenizer, texts) == [0.0] * 30
     model(torch.tensor([[3, 4, 5]]), torch.tensor([2])).sum().backward()
@@ -97,7 +99,7 @@ def test_packed_and_batched_scores_are_those_of_single_sequences(judges):
     for folder in judges.values():
         score = score_alone(folder)
         alone = [score(*text) for text in texts]
-        judge = data.load_score_model(folder)
+        judge = checkpoint.load_score_model(folder)
         assert batch_file.score(*judge, texts, batch_size=5) == pytest.approx(alone, rel=1e-4, abs=1e-5)
         assert statistics.stdev(alone) > 1e-3
 
@@ -111,12 +113,12 @@ def test_score_models_of_safe_rlhf_are_asked_in_their_own_format(judges, tmp_pat
     edit_tensors(folder / "model.safetensors", lambda t: t.update({"score_head.weight": t.pop("score.weight")}))
     edit_json(folder / "config.json", architectures=["LlamaForScore"], score_type="cost", bias=False)
     edit_json(folder / "tokenizer_config.json", add_bos_token=True)
-    model, tokenizer = ScoreModel.from_pretrained(judges["cost"]), Tokenizer(folder)
+    model, tokenizer = load_model(judges["cost"], kind=ScoreModel), Tokenizer(folder)
     texts, alone = [(pair.prompt, pair.chosen) for pair in small_pairs("helpful")[:4]], []
     for text in texts:
         ids = tokenizer.encode([tokenizer.bos + form.format(*text)])
         alone.append(float(model(torch.tensor(ids), torch.tensor([len(ids[0]) - 1]))))
-    scores = batch_file.score(*data.load_score_model(folder, template), texts)
+    scores = batch_file.score(*checkpoint.load_score_model(folder, template), texts)
     assert scores == pytest.approx(alone, rel=1e-4, abs=1e-5) and statistics.stdev(alone) > 1e-2
 
 
@@ -225,7 +227,7 @@ def test_a_score_model_reads_texts_with_its_own_tokenizer_and_template(place, te
 
 def test_a_score_model_that_puts_every_pair_the_other_way_is_not_taken_for_none(place):
     """Its margins are all 0, and SPE-DPO with margins of 0 is DPO."""
-    ScoreModel.from_policy(Transformer.from_pretrained(BASE)).save_pretrained(place / "zero")
+    save_model(ScoreModel.from_policy(load_model(BASE)), place / "zero")
     out = run("run", "--method", "spe-dpo", "--view", "safety", "--max_steps", 1, "--log_every", 1,
               "--cost_model", "zero")
     assert rows(out)[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import methods
-import data
 from conftest import BASE, first_batch, load_run, logp_alone, mistake, pair_logps, rows, run, small_pairs, ids_of
 from chat import Tokenizer
-from lora_moe import adapter_warnings, base_hash, load_adapter, merge_experts, trainable_parameters
+from checkpoint import adapter_warnings, base_hash, load_adapter, load_model, save_model
+from lora_moe import merge_experts, trainable_parameters
 from common import read_json
-from model import Transformer
 
 SFT = ("--method", "sft", "--lora_rank", 4, "--lora_targets", "q_proj,down_proj", "--lr", 1e-2, "--max_steps", 6)
 
@@ -29,7 +29,7 @@ def test_dpo_from_an_adapter_starts_at_log_2_with_the_adapters_model_as_the_refe
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
     pairs = first_batch(small_pairs("safedpo"))
-    merged, tokenizer = merge_experts(load_adapter(Transformer.from_pretrained(BASE), adapter)), Tokenizer(BASE)
+    merged, tokenizer = merge_experts(load_adapter(load_model(BASE), adapter)), Tokenizer(BASE)
     with torch.no_grad():
         chosen = [float(logp_alone(merged, *ids_of(tokenizer, pair)[:2])) for pair in pairs]
     of_base = [pair_logps(BASE, pair)[0] for pair in pairs]
@@ -38,7 +38,7 @@ def test_dpo_from_an_adapter_starts_at_log_2_with_the_adapters_model_as_the_refe
 
 
 def test_a_merged_adapter_is_the_same_start_as_the_adapter(adapter):
-    merge_experts(load_adapter(Transformer.from_pretrained(BASE), adapter)).save_pretrained(Path("merged"))
+    save_model(merge_experts(load_adapter(load_model(BASE), adapter)), Path("merged"))
     flags = ("--method", "dpo", "--view", "safedpo", "--max_steps", 3, "--log_every", 1, "--lr", 1e-3, "--beta", 1)
     starts = {"adapter": ("--init_adapter", adapter), "merged": ("--model", "merged", "--lora_rank", 4)}
     first = {name: rows(run(name, *flags, *start))[0] for name, start in starts.items()}
@@ -115,7 +115,7 @@ def test_whatever_is_trained_is_float32_also_on_a_bfloat16_base(quick, flags):
 
 def test_a_score_head_on_a_bfloat16_trunk_scores_in_float32(quick):
     out = run("reward", "--method", "reward", "--lora_rank", 4, "--dtype", "bfloat16", "--max_steps", 4, "--lr", 1e-2)
-    model, tokenizer = data.load_score_model(out / "model")
+    model, tokenizer = checkpoint.load_score_model(out / "model")
     weight = model.score.weight
     assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
     hidden = torch.randn(1, 3, weight.shape[1])
@@ -129,9 +129,9 @@ def test_a_score_head_on_a_bfloat16_trunk_scores_in_float32(quick):
 
 
 def test_an_adapter_on_another_base_or_template_gets_a_warning(adapter, quick, capsys):
-    model = Transformer.from_pretrained(BASE)
+    model = load_model(BASE)
     assert adapter_warnings(model, [adapter]) == []
-    assert adapter_warnings(Transformer.from_pretrained(BASE, torch.bfloat16), [adapter]) == []
+    assert adapter_warnings(load_model(BASE, torch.bfloat16), [adapter]) == []
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight += 0.01
     warning, = adapter_warnings(model, [adapter])
@@ -141,7 +141,7 @@ def test_an_adapter_on_another_base_or_template_gets_a_warning(adapter, quick, c
 
 
 def test_the_hash_of_a_base_does_not_see_its_experts(adapter):
-    model = Transformer.from_pretrained(BASE)
+    model = load_model(BASE)
     before = base_hash(model)
     assert base_hash(load_adapter(model, adapter)) == before
 

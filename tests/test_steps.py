@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import methods
 import batch as batch_file
+from checkpoint import load_model, save_model
 import model as model_file
 import lora_moe
 import train
@@ -33,7 +35,7 @@ def ready(method, *flags, device="cpu", processes=ALONE):
     config = methods.parse_flags([*map(str, flags), "--device", device])
     encoded, _ = train.load_data(config, Tokenizer(train.base_folder(config)))
     config = methods.METHODS[config.method].settle(config, encoded.groups)
-    model = train.load_model(config, train.base_folder(config), encoded.groups, processes)
+    model = train.build_model(config, train.base_folder(config), encoded.groups, processes)
     methods.METHODS[config.method].prepare(model, encoded, config)
     if methods.METHODS[config.method].reference:
         encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
@@ -56,11 +58,11 @@ def step_of(method, parts, processes=ALONE, *flags, tokens=0, device="cpu"):
 def inputs_of(method):
     """Make what the method wants to find: an adapter, a score model."""
     if method == "midpo":
-        model = lora_moe.add_experts(model_file.Transformer.from_pretrained(train.toy_base(0, "cpu")), ["down_proj"], 4, 8)
-        lora_moe.save_trained(perturb_experts(model, 0.1, 1), Path())
+        model = lora_moe.add_experts(load_model(train.toy_base(0, "cpu")), ["down_proj"], 4, 8)
+        checkpoint.save_trained(perturb_experts(model, 0.1, 1), Path())
     if method == "spe-dpo":
-        model = model_file.Transformer.from_pretrained(train.toy_base(0, "cpu"))
-        model_file.ScoreModel.from_policy(model).save_pretrained("score")
+        model = load_model(train.toy_base(0, "cpu"))
+        save_model(model_file.ScoreModel.from_policy(model), "score")
 
 
 @pytest.mark.parametrize("method", METHODS)

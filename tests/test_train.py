@@ -16,19 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import methods
+from checkpoint import load_adapter, load_model
+from model import ModelConfig, Transformer
 import eval as eval_file
 import lora_moe
 import model as model_file
 import toy
+import checkpoint
 import train
 from conftest import (BASE, ROOT, SHAPES, SIZES, brute_force, check_that_it_is_evaluated_again_alike, files_of,
                       first_batch, ids_of, interrupt_at, leftovers, load_run, logits_of, logp_alone, packed_logps, rows,
                       run, small_pairs, timeless)
 from chat import Tokenizer
 from batch import encode_pairs
-from lora_moe import load_adapter, perturb_experts
+from lora_moe import perturb_experts
 from common import read_json
-from model import ModelConfig, Transformer
 
 LOGGED = ("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
           "logps/rejected", "grad_norm", "lr", "tokens/s")
@@ -65,9 +67,9 @@ def test_a_run_writes_its_settings_metrics_weights_and_answers(place, policies, 
     assert all(part in samples for part in ("[harmful]", "[safe]", "policy", "base"))
 
     assert (out / "adapter").is_dir() == lora and (out / "model").is_dir() != lora
-    base = Transformer.from_pretrained(config["base"])
-    loaded = load_adapter(Transformer.from_pretrained(config["base"]), out / "adapter") if lora else \
-        Transformer.from_pretrained(out / "model")
+    base = load_model(config["base"])
+    loaded = load_adapter(load_model(config["base"]), out / "adapter") if lora else \
+        load_model(out / "model")
     tokens = torch.arange(40).view(2, 20) * 7
     of_base, of_loaded, of_trained = (logits_of(model, tokens) for model in (base, loaded, policies[0]))
     assert torch.equal(of_loaded, of_trained) and not torch.equal(of_loaded, of_base)
@@ -130,7 +132,7 @@ def test_first_loss_of_dpo_is_log_2(place, view):
 
 def test_first_loss_of_sft_is_the_cross_entropy_of_the_chosen_responses(place):
     out = run("run", "--method", "sft", "--max_steps", 1, "--log_every", 1)
-    model, tokenizer, total, count = Transformer.from_pretrained(BASE).double(), Tokenizer(BASE), 0.0, 0
+    model, tokenizer, total, count = load_model(BASE).double(), Tokenizer(BASE), 0.0, 0
     for pair in first_batch(small_pairs("helpful")):
         prompt, chosen, _ = ids_of(tokenizer, pair)
         total, count = total - float(logp_alone(model, prompt, chosen).detach()), count + len(chosen)
@@ -339,7 +341,7 @@ def kill_at_the_end(monkeypatch, *flags):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(model_file.Transformer, "save_pretrained", killed)
+        patch.setattr(checkpoint, "save_model", killed)
         run("run", *flags)
 
 

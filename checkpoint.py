@@ -1,0 +1,596 @@
+"""Folders on disk: Hugging Face models, PEFT adapters, mixtures of experts, and a run's weights."""
+import hashlib
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from zipfile import is_zipfile
+
+import numpy as np
+import torch
+import torch.nn as nn
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import toy
+from batch import response_logps
+from chat import Tokenizer
+from common import (BROKEN, DTYPES, UserError, atomic_file, atomic_folder, check_keys, first_line, part_like, read_json,
+                    whole)
+from lora_moe import (GATES, ConstantRouter, Gate, add_experts, count_experts, expert_layers, gate_report, is_mixture,
+                      is_routed, matches, merge_experts, select_modules, wrap_linear)
+from model import CONFIG_KEYS, FAMILIES, ModelConfig, ScoreModel, Transformer, as_ids
+from runs import ALONE, WEIGHT_FOLDERS
+
+STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHARD_SIZE = "5GB"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                   "generation_config.json")
+
+
+def find_folder(name_or_dir):
+    """The local folder of a checkpoint; a hub id is downloaded first, weights and tokenizer files only.
+
+    Raises UserError when there is no such folder and the hub does not have or cannot be asked for the id.
+    """
+    folder, name = Path(name_or_dir), str(name_or_dir)
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise UserError(f"{folder}: not a model folder (it has no config.json)")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise UserError(f"{name}: no such model folder")
+    wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
+    try:
+        snapshot = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(snapshot.glob("*.safetensors")):
+            snapshot = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"]))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"{name}: neither a folder here nor a model on the hub (a gated one needs HF_TOKEN)") from None
+    except (HTTPError, OSError) as error:  # OSError: LocalEntryNotFoundError, when offline, is one
+        raise UserError(f"{name}: not a folder here, and the hub did not answer ({first_line(error)})") from None
+    return find_folder(snapshot)
+
+
+def read_config(folder):
+    """ModelConfig of a checkpoint folder, with all the eos ids that generation_config.json names."""
+    hf = read_json(folder / "config.json", CONFIG_KEYS)
+    if "method" in hf:
+        raise UserError(f"{folder}: a run folder, not a model; did you mean {folder}/model, or --init_adapter "
+                        f"{folder}/adapter?")
+    config = ModelConfig.from_hf(hf, folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        stated = read_json(folder / "generation_config.json", CONFIG_KEYS).get("eos_token_id")
+        config.eos_ids = as_ids(stated) or config.eos_ids
+    return config
+
+
+def weight_files(folder):
+    """The files that hold a checkpoint's tensors. Raises UserError when there are none or one is missing."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (folder / index).is_file():
+            weight_map = read_json(folder / index, {"an object": "weight_map"}).get("weight_map")
+            if not weight_map:
+                raise UserError(f"{folder / index}: has no weight_map")
+            files = {path.name: path for path in folder.iterdir() if path.is_file()}
+            for name in weight_map.values():
+                if not isinstance(name, str) or name not in files:
+                    raise UserError(f"{folder / index}: names {name}, which is not a file in this folder")
+            return [files[name] for name in sorted(set(weight_map.values()))]
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+    raise UserError(f"{folder}: no model.safetensors (nor its index) and no pytorch_model.bin")
+
+
+def read_tensors(path, dtype=None):
+    """Yield (name, tensor) of one weight file, converted to dtype if given. Raises UserError naming the file."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".safetensors":
+            yield from read_safetensors(path, dtype)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            for name, tensor in tensors.items():
+                stored = getattr(tensor, "dtype", type(tensor).__name__)
+                if stored not in STORED_DTYPES.values() and not is_derived(name):
+                    raise UserError(f"{path}: {name} is stored as {stored}, which is not supported")
+                yield name, tensor.to(dtype or tensor.dtype)
+    except BROKEN as error:
+        raise UserError(f"{path}: broken, cut short or not plain tensors ({first_line(error)})") from None
+
+
+def read_safetensors(path, dtype):
+    """Yield (name, tensor), read through a small buffer into memory of its own.
+
+    The library's tensors are a map of the file: its pages would stay in memory beside every converted copy, and the
+    weights would change when the file is rewritten.
+    """
+    with safe_open(path, framework="pt"):
+        pass  # checks the header: sizes, overlaps, the length of the file
+    buffer = torch.empty(2 ** 22, dtype=torch.uint8)
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        for name, entry in header.items():
+            if name == "__metadata__" or is_derived(name):
+                continue
+            if entry["dtype"] not in STORED_DTYPES:
+                raise UserError(f"{path}: {name} is stored as {entry['dtype']}, which is not supported")
+            stored = STORED_DTYPES[entry["dtype"]]
+            tensor = torch.empty(entry["shape"], dtype=dtype or stored)
+            file.seek(start + entry["data_offsets"][0])
+            for piece in tensor.view(-1).split(len(buffer) // stored.itemsize):
+                part = buffer[:piece.numel() * stored.itemsize]
+                file.readinto(part.numpy())
+                piece.copy_(part.view(stored))
+            yield name, tensor
+
+
+GPT2_NAMES = {
+    "model.layers": "transformer.h", "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f",
+    "model.embed_positions": "transformer.wpe", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+    "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn", "self_attn.v_proj": "attn.c_attn",
+    "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+
+
+def stored_name(config, name):
+    """What a checkpoint calls our tensor or layer `name`. In GPT-2, q, k and v are one: c_attn."""
+    if config.model_type == "gpt2":
+        for ours, theirs in GPT2_NAMES.items():
+            name = name.replace(ours, theirs)
+    return config.score_name + name.removeprefix("score") if name.startswith("score.") else name
+
+
+def stored_layout(model):
+    """{name in a checkpoint: our names of it, in order}, without what a checkpoint leaves out: a tied head."""
+    layout = {}
+    for name in model.state_dict():
+        if not (model.config.tied and name == "lm_head.weight"):
+            layout.setdefault(stored_name(model.config, name), []).append(name)
+    return layout
+
+
+def is_conv1d(name):
+    """GPT-2 stores the weights of these layers as (in, out)."""
+    return name.startswith("transformer.h.") and ".c_" in name and name.endswith(".weight")
+
+
+def is_derived(name):
+    """Buffers that older checkpoints store though the model makes them itself: RoPE tables, causal masks, counts."""
+    return name.endswith(("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", "normalizer.count"))
+
+
+def shard(modules, mesh, ignored=()):
+    """Shard all weights of the modules but the ignored ones over the mesh, by FSDP2: each process holds some rows. A
+    module's weights are whole while it runs, the outermost one's until the backward pass ends. Gradients are summed."""
+    from torch.distributed.fsdp import fully_shard  # here, as it takes most of a second
+    for module in modules:
+        fully_shard(module, mesh=mesh, ignored_params=set(ignored))
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # the other way of not dividing is NCCL's alone
+        module.register_forward_hook(lambda *_: torch.clear_autocast_cache())  # it would keep a copy of every weight
+
+
+def load_weights(model, folder, dtype, device):
+    """Put a checkpoint's tensors in the place of a meta-device model's parameters, one at a time."""
+    config, layout = model.config, stored_layout(model)
+    missing = set(layout)
+    for path in weight_files(folder):
+        for name, tensor in read_tensors(path, dtype):
+            if is_derived(name) or (config.tied and name == "lm_head.weight") or (
+                    name.startswith("normalizer.") and not config.normalizer):
+                continue
+            stored = f"transformer.{name}" if f"transformer.{name}" in layout else name  # GPT-2's first files
+            if stored not in layout:
+                raise UserError(f"{path}: unexpected tensor {name}")
+            if is_conv1d(stored):
+                tensor = tensor.transpose(0, -1).contiguous()
+            for ours, part in zip(layout[stored], tensor.chunk(len(layout[stored]))):
+                parent, _, key = ours.rpartition(".")
+                module = model.get_submodule(parent)
+                slot = getattr(module, key)
+                if part.shape != slot.shape:
+                    raise UserError(f"{path}: {name} has shape {tuple(part.shape)}; config.json makes it "
+                                    f"{tuple(slot.shape)}")
+                part = part_like(part.to(device), slot)
+                setattr(module, key, nn.Parameter(part) if isinstance(slot, nn.Parameter) else part)
+            missing.discard(stored)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{folder}: tensor {min(missing)} is missing{more}")
+    if config.tied and isinstance(model, Transformer):
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def load_model(name_or_dir, dtype=torch.float32, device="cpu", mesh=None, kind=Transformer):
+    """Load a folder in Hugging Face layout, or a hub id. Weights are read once, into their final place.
+
+    kind: Transformer or ScoreModel. mesh: processes over which `shard` splits the blocks before they are read; the caller splits the rest. Raises
+    UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
+    """
+    folder = find_folder(name_or_dir)
+    config = read_config(folder)  # computes RoPE's frequencies, for which the meta device would import torch._refs
+    with torch.device("meta"):
+        model = kind(config)
+    if mesh:
+        shard(model.model.layers, mesh)
+    load_weights(model, folder, dtype, device)
+    model.folder, model.origin = folder, str(folder.resolve() if folder == Path(name_or_dir) else name_or_dir)
+    return model
+
+
+def save_model(model, folder, chat_template=None, write=True):
+    """Write config.json, safetensors (in shards above 5 GB), the tokenizer's files and chat template, atomically;
+    `transformers` loads the folder. With sharded weights all processes call it, and one has to write."""
+    weights, tensors = model.state_dict(), {}
+    kind, config = model.config.model_type, dict(model.config.hf)
+    if any(".base." in name for name in weights):
+        raise UserError("save_model: the model carries experts; merge_experts(model) first, or save_adapter")
+    for name, ours in stored_layout(model).items():
+        parts = [whole(weights[part]) for part in ours]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if write:
+            tensors[name] = (tensor.t() if is_conv1d(name) else tensor).contiguous().cpu()
+    if not write:
+        return
+    if isinstance(model, Transformer):
+        config["architectures"] = [FAMILIES[kind]]
+    elif model.config.score_name == "score":  # safe-rlhf has classes of its own
+        stem = FAMILIES[kind].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        config |= {"architectures": [stem + "ForSequenceClassification"], "id2label": {"0": "LABEL_0"},
+                   "label2id": {"LABEL_0": 0}}
+    config.pop("dtype", None)  # newer files say dtype, older ones torch_dtype, which every reader knows
+    config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    with atomic_folder(folder) as temporary:
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_torch_state_dict(tensors, temporary, max_shard_size=SHARD_SIZE)
+        for name in TOKENIZER_FILES:
+            if model.folder and (model.folder / name).is_file():
+                shutil.copyfile(model.folder / name, temporary / name)
+        if chat_template:
+            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+# Score models
+
+
+def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
+    """(score model, its tokenizer). template None: alpaca for safe-rlhf's models, else the tokenizer's own."""
+    folder = find_folder(name_or_dir)
+    kind = (read_config(folder).hf.get("architectures") or ["?"])[0]
+    if kind in FAMILIES.values():
+        raise UserError(f"{name_or_dir}: a language model ({kind}), not a score model: it has no score.weight nor "
+                        "score_head.weight")
+    model = load_model(folder, DTYPES[dtype], device, kind=ScoreModel).eval()
+    return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))
+
+
+# What load_adapter reads of adapter_config.json, and keys that do not change what the adapter computes.
+READ_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
+HARMLESS_KEYS = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
+                 "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"}
+ADAPTER_KEYS = {
+    "a whole number from 1 to a million": "r", "a number above 0": "lora_alpha", "true or false": "use_rslora",
+    "text or a list of texts": "target_modules", "an object": "rank_pattern alpha_pattern"}
+EXPERTS_KEYS = {"a whole number from 1 to a million": "num_experts rank hidden", "a whole number": "width",
+                "a number above 0": "alpha temperature", "true or false": "rslora empty", "text": "base type kind",
+                "a list of texts": "layers groups", "an object": "router gate", "a list": "weights"}
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others, such as PiSSA, change the base weights too
+
+
+def peft_modules(model):
+    """{PEFT's name of a linear layer: our names of it}: the same but for GPT-2, whose c_attn is our q, k and v."""
+    modules = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            name = name.removesuffix(".base")
+            modules.setdefault(stored_name(model.config, name), []).append(name)
+    return modules
+
+
+def fuse(layers, names):
+    """A (R, D_in) and B (D_out, R) of one PEFT layer that is several of ours: GPT-2's q, k and v share one A.
+
+    In a loaded adapter they still do. Trained separately they do not: then A stacks theirs and B is block-diagonal.
+    A part without experts has a block of zeros.
+    """
+    wrapped = {i: layers[name] for i, name in enumerate(names) if name in layers}
+    first = next(iter(wrapped.values()))
+    if all(torch.equal(part.lora_A, first.lora_A) for part in wrapped.values()):
+        zeros = torch.zeros_like(first.lora_B)
+        return first.lora_A, torch.cat([wrapped[i].lora_B if i in wrapped else zeros for i in range(len(names))])
+    rank, width = first.rank, first.base.out_features
+    B = first.lora_B.new_zeros(len(names) * width, len(wrapped) * rank)
+    for j, (i, part) in enumerate(wrapped.items()):
+        B[i * width:(i + 1) * width, j * rank:(j + 1) * rank] = part.lora_B
+    return torch.cat([part.lora_A for part in wrapped.values()]), B
+
+
+def save_adapter(model, folder, template=None, number=0, write=True):
+    """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+    Its metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`.
+    """
+    layers = {name: SimpleNamespace(
+        lora_A=layer.lora_A.detach().view(layer.num_experts, layer.rank, -1)[number],
+        lora_B=layer.lora_B.detach().view(-1, layer.num_experts, layer.rank)[:, number], rank=layer.rank,
+        alpha=layer.alpha, rslora=layer.rslora, base=layer.base) for name, layer in expert_layers(model)}
+    first = next(iter(layers.values()))
+    assert not is_routed(model), "PEFT's format holds experts without a router"
+    modules = peft_modules(model)
+    wrapped = {theirs: names for theirs, names in modules.items() if any(name in layers for name in names)}
+    tensors, ranks, alphas = {}, {}, {}
+    for theirs, names in wrapped.items():
+        A, B = fuse(layers, names)
+        layer = next(layers[name] for name in names if name in layers)
+        tensors[f"base_model.model.{theirs}.lora_A.weight"] = A.contiguous()
+        tensors[f"base_model.model.{theirs}.lora_B.weight"] = B.contiguous()
+        growth = len(A) / layer.rank  # PEFT divides by the rank that it sees
+        alpha = layer.alpha * (math.sqrt(growth) if layer.rslora else growth)
+        if len(A) != first.rank:
+            ranks[theirs] = len(A)
+        if alpha != first.alpha:
+            alphas[theirs] = alpha
+    targets = sorted({theirs.rpartition(".")[2] for theirs in wrapped})
+    if select_modules(targets, modules) != list(wrapped):  # short names only where they mean these layers and no other
+        targets = sorted(wrapped)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.origin,
+        "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora, "lora_dropout": 0.0,
+        "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
+        "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
+    }
+    origin = {"base": base_hash(model), "template": template or "chat"}  # one entry: the library shuffles several
+    if not write:
+        return
+    with atomic_folder(folder) as temporary:
+        (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, temporary / "adapter_model.safetensors", {"trained_on": json.dumps(origin)})
+
+
+def base_hash(model):
+    """Hash of a sample of the base's weights, rounded to bfloat16: the same whatever precision they are loaded in."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        if not is_mixture(name):
+            sample = whole(tensor).detach().flatten()[::tensor.numel() // 4096 + 1].bfloat16().float()
+            digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
+            digest.update(sample.cpu().numpy())
+    return digest.hexdigest()
+
+
+def adapter_warnings(model, folders, template=None):
+    """A line for each adapter that was trained on another base or with another template than these."""
+    warnings, base = [], base_hash(model) if folders else ""
+    for folder in folders:
+        path = Path(folder) / "adapter_model.safetensors"
+        with safe_open(path, "pt") as file:
+            metadata = read_json(path, text=(file.metadata() or {}).get("trained_on", "{}"))
+        if metadata.get("base", base) != base:
+            warnings.append(f"warning: {folder} was trained on other base weights than those of {model.origin}")
+        if metadata.get("template", template or "chat") != (template or "chat"):
+            warnings.append(f"warning: {folder} was trained with --template {metadata['template']}, not "
+                            f"{template or 'chat'}")
+    return warnings
+
+
+def read_adapter_config(path):
+    """The dictionary in an adapter_config.json. Raises UserError naming the first setting that we do not implement."""
+    config = read_json(path, ADAPTER_KEYS)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type = {config.get('peft_type')!r} is not supported")
+    for key, value in config.items():
+        plain = PLAIN_INITS if key == "init_lora_weights" else (None, False, "none", [], {})
+        if key not in READ_KEYS | HARMLESS_KEYS and value not in plain:
+            raise UserError(f"{path}: {key} = {value!r} is not supported")
+    for key in ("r", "lora_alpha", "target_modules"):
+        if not config.get(key):
+            raise UserError(f"{path}: {key} is missing")
+    for key, kind in (("rank_pattern", "a whole number from 1 to a million"), ("alpha_pattern", "a number above 0")):
+        for value in (config.get(key) or {}).values():
+            check_keys({key: value}, {kind: key}, path)
+    return config
+
+
+def read_adapter(model, folder):
+    """{name of our layer: (A, B, alpha, rslora)} of an adapter in PEFT's format. Raises UserError naming the setting or
+    the tensor that does not fit the model."""
+    folder = Path(folder)
+    config = read_adapter_config(folder / "adapter_config.json")
+    path = folder / "adapter_model.safetensors"
+    tensors, modules, layers = dict(read_tensors(path)), peft_modules(model), {}
+    where = f"{folder / 'adapter_config.json'}: target_modules"
+    for theirs in select_modules(config["target_modules"], modules, where):
+        rank = pattern_value(config.get("rank_pattern"), theirs, config["r"], where)
+        alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"], where)
+        bases = [model.get_submodule(name) for name in modules[theirs]]
+        wanted = {"lora_A": (rank, bases[0].in_features), "lora_B": (sum(b.out_features for b in bases), rank)}
+        pair = {}
+        for key, shape in wanted.items():
+            name = f"base_model.model.{theirs}.{key}.weight"
+            if name not in tensors:
+                raise UserError(f"{path}: tensor {name} is missing")
+            if tensors[name].shape != shape:
+                raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {shape}")
+            pair[key] = tensors.pop(name)
+        for name, part in zip(modules[theirs], pair["lora_B"].chunk(len(modules[theirs]))):
+            layers[name] = pair["lora_A"], part, alpha, bool(config.get("use_rslora"))
+    if tensors:
+        raise UserError(f"{path}: unexpected tensor {min(tensors)}")
+    return layers
+
+
+@torch.no_grad()
+def load_adapter(model, *folders):
+    """Wrap the model with the adapters in these folders (PEFT's format), one expert each. Returns the model.
+
+    Raises UserError when one does not fit the model, or they differ in layers, rank or alpha.
+    """
+    assert not any(True for _ in expert_layers(model)), "the model has experts already; merge_experts(model) first"
+    adapters = [read_adapter(model, folder) for folder in folders]
+    shapes = [{name: (len(A), *scaling) for name, (A, _, *scaling) in layers.items()} for layers in adapters]
+    for folder, shape in zip(folders, shapes):
+        if shape != shapes[0]:
+            raise UserError(f"{folder}: its layers, rank or alpha differ from those of {folders[0]}")
+    model.requires_grad_(False)
+    for name, (rank, alpha, rslora) in shapes[0].items():
+        layer = wrap_linear(model, name, rank, alpha, len(folders), rslora=rslora)
+        layer.lora_A.copy_(torch.cat([layers[name][0] for layers in adapters]))
+        layer.lora_B.copy_(torch.cat([layers[name][1] for layers in adapters], dim=1))
+    return model
+
+
+def pattern_value(patterns, module, default, where):
+    """PEFT's per-layer exceptions: the value of the first key that matches the end of the module's name."""
+    keys = (key for key in patterns or () if matches(rf"(.*\.)?({key})", module, where))
+    return (patterns or {}).get(next(keys, None)) or default
+
+
+def save_experts(model, folder, write=True):
+    """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate."""
+    layers = dict(expert_layers(model))
+    first = next(iter(layers.values()))
+    config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
+              "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
+              "gate": model.gate and model.gate.spec}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
+    if not write:
+        return
+    with atomic_folder(folder) as temporary:
+        (temporary / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, temporary / "experts.safetensors")
+
+
+@torch.no_grad()
+def load_experts(model, folder):
+    """Wrap the model with the mixture that `save_experts` wrote. Returns the model. Raises UserError naming the setting
+    or the tensor that does not fit."""
+    folder = Path(folder)
+    path, described = folder / "experts.safetensors", folder / "experts.json"
+    config, tensors = read_json(described, EXPERTS_KEYS), dict(read_tensors(path))
+    router, gate = (check_keys(config.get(key) or {}, EXPERTS_KEYS, described) for key in ("router", "gate"))
+    largest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
+    try:
+        if max(config["rank"] * config["num_experts"], router.get("hidden", 0), gate.get("width", 0)) > largest:
+            raise UserError("rank, num_experts, hidden or width are more than the tensors have")
+        if config["gate"] and config["gate"]["kind"] not in ("fixed", *GATES):
+            raise UserError(f"gate {config['gate']['kind']}")
+        add_experts(model, config["layers"], config["rank"], config["alpha"], config["num_experts"], config["rslora"],
+                    router=config["router"])
+        if config["gate"]:
+            model.gate = Gate(num_experts=config["num_experts"], **config["gate"])
+    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
+        raise UserError(f"{described}: does not describe experts of this model ({first_line(error)})") from None
+    for name, tensor in model.state_dict().items():
+        if is_mixture(name):
+            if name not in tensors or tensors[name].shape != tensor.shape:
+                raise UserError(f"{path}: {name} is missing or not of shape {tuple(tensor.shape)}")
+            tensor.copy_(tensors.pop(name))
+    if tensors:
+        raise UserError(f"{path}: unexpected tensor {min(tensors)}")
+    return model
+
+
+def export_experts(model, folder, template=None):
+    """Write a mixture as one PEFT adapter for each expert, expert-0 …, and `gate_report` in gate.json, for servers of
+    many adapters. Raises UserError for routers, whose weights differ from token to token."""
+    if model.gate is None:
+        raise UserError("--export: only mix-dpo and moe-dpo have experts that are whole policies; MidPO and PMoL route "
+                        "every token, which no adapter format describes; a single adapter is in PEFT's format already")
+    gate = gate_report(model)
+    with atomic_folder(folder) as temporary:
+        for k, name in enumerate(gate["experts"]):
+            save_adapter(model, temporary / name, template, k)
+        (temporary / "gate.json").write_text(json.dumps(gate, indent=2) + "\n", encoding="utf-8")
+
+
+def save_trained(model, out, template=None, chat_template=None, write=True):
+    """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts.
+
+    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's. With
+    sharded weights all processes call it, and one has to write.
+    """
+    if isinstance(model, ScoreModel) or not count_experts(model):
+        save_model(merge_experts(model), out / "model", chat_template, write)
+    elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:
+        save_adapter(model, out / "adapter", template, write=write)
+    else:
+        save_experts(model, out / "experts", write)
+
+
+def load_trained(run, base, dtype=torch.float32, device="cpu"):
+    """The language model that `save_trained` wrote into a run folder, on its base. Raises UserError without one."""
+    kind = next((name for name in WEIGHT_FOLDERS if (run / name).is_dir()), None)
+    if kind is None:
+        raise UserError(f"{run}: no trained weights (no {', '.join(WEIGHT_FOLDERS)}); did the run finish?")
+    model = load_model(run / kind if kind == "model" else base, dtype, device)
+    if kind == "model":
+        return model
+    return (load_adapter if kind == "adapter" else load_experts)(model, run / kind)
+
+
+# Finished runs
+
+
+def load_policy(run, dtype="float32", device="cpu"):
+    """The trained model of a run folder, its tokenizer and the run's settings."""
+    run = Path(run)
+    config = read_json(run / "config.json", {"text": "base method template", "a list of texts": "init_adapter"})
+    if config.get("method") in ("reward", "cost"):
+        raise UserError(f"{run}: a score model, which answers nothing; --score FILE lets it judge")
+    if config.get("lora_rank") is None or config.get("base") is None:
+        raise UserError(f"{run}: not a run folder of train.py")
+    config |= {"init_adapter": config.get("init_adapter") or [], "template": config.get("template")}
+    toy.one_thread(config["base"])
+    model = load_trained(run, config["base"], DTYPES[dtype], device)
+    return model, Tokenizer(config["base"], config.get("template")), config
+
+
+def load_start(config, dtype="float32", device="cpu"):
+    """The model that a run started from, by its settings: its base, with the adapter that it went on from, if one."""
+    model = load_model(config["base"], DTYPES[dtype], device)
+    return load_adapter(model, *started_from(config)) if started_from(config) else model
+
+
+def started_from(config):
+    """The adapter that a run went on from, in a sequence; several are experts that it was made of."""
+    return config["init_adapter"] if len(config["init_adapter"]) == 1 else ()
+
+
+LOGPS_CACHE = Path("out/cache")  # may be deleted at any time
+LOGPS_BATCH = 32  # pairs; not --batch_size, as how a batch is packed changes the last bits of a log-prob
+
+
+def weights_hash(model):
+    """Hash of a model's settings, weights, and experts in use; of the base alone where they are disabled."""
+    layers = {name: layer for name, layer in expert_layers(model) if layer.enabled}
+    chosen = {name: one.router.weights for name, one in layers.items() if isinstance(one.router, ConstantRouter)}
+    settings = [(one.scale, {**one.router.spec, "weights": None}) for one in layers.values()]
+    digest = hashlib.blake2b(repr((model.config, settings)).encode(), digest_size=16)
+    for name, tensor in (*model.state_dict().items(), *chosen.items()):
+        if layers or not is_mixture(name):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def cached_logps(model, encoded, dtype="float32", device="cpu", processes=ALONE):
+    """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
+    in use, tokens and precision. Every run that needs the same finds them."""
+    digest = hashlib.blake2b(f"{dtype} {weights_hash(model)}".encode(), digest_size=16)
+    for array in (encoded.tokens, encoded.bounds):
+        digest.update(np.ascontiguousarray(array))
+    path = LOGPS_CACHE / f"logps-{digest.hexdigest()}.safetensors"
+    if processes.once(path.is_file):
+        return load_file(path)["logps"]
+    logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device, processes)
+    if processes.rank == 0:
+        with atomic_file(path) as temporary:
+            save_file({"logps": logps}, temporary)
+    return logps
