@@ -16,7 +16,6 @@ from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import toy
 from batch import response_logps
 from chat import Tokenizer
 from common import (BROKEN, DTYPES, UserError, atomic_file, atomic_folder, check_keys, first_line, part_like, read_json,
@@ -547,7 +546,6 @@ def load_policy(run, dtype="float32", device="cpu"):
     if config.get("lora_rank") is None or config.get("base") is None:
         raise UserError(f"{run}: not a run folder of train.py")
     config |= {"init_adapter": config.get("init_adapter") or [], "template": config.get("template")}
-    toy.one_thread(config["base"])
     model = load_trained(run, config["base"], DTYPES[dtype], device)
     return model, Tokenizer(config["base"], config.get("template")), config
 

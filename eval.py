@@ -33,7 +33,7 @@ from judges import judge_answers, load_scorer, make_pairs, refuses, repeats, sco
 from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
 from model import stream
 from report import load_pyplot, markdown_table, measured, plot, router_report, router_table, terminal_table
-from runs import Processes
+from runs import Processes, read_settings
 
 
 # Prompts and answers
@@ -421,6 +421,8 @@ def main(argv=None):
     check_values(Settings, given)
     args, asked = Settings(**given), next((flag for flag in READ if given.get(flag)), "")
     check_device(args.device)
+    for run in filter(None, (*runs, args.merge, args.export)):
+        toy.one_thread(read_settings(Path(run)).get("base", ""))
     for flag in given.keys() - {asked, "dtype", "device", *READ[asked]}:
         raise UserError(f"--{flag}: not read " + (f"with --{asked}" if asked else "for the toy world's table"))
     if args.make_pairs:

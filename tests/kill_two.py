@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from conftest import files_of, make_small, timeless, train
-from test_kills import METHODS
-from test_processes import SMALL, end, start, torchrun
+from test_runs_kills import METHODS
+from test_runs_processes import SMALL, end, start, torchrun
 
 
 def kill_and_resume(method, kills, draws):

@@ -1,4 +1,4 @@
-"""FlexAttention on packed rows, as on a GPU, against the dense mask: here its forward pass, in test_cuda.py the rest."""
+"""FlexAttention on packed rows, as on a GPU, against the dense mask: here its forward pass, in test_train_cuda.py the rest."""
 import pytest
 import torch
 

@@ -13,7 +13,7 @@ import lora_moe
 import train
 from conftest import encoded_of, tiny
 from batch import pack, split_step
-from test_steps import METHODS, inputs_of, ready
+from test_train_steps import METHODS, inputs_of, ready
 
 
 class WithoutWaiting(TorchDispatchMode):

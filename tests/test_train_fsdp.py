@@ -1,7 +1,7 @@
 """With --fsdp two processes (gloo, on the CPU) hold half of the weights each, and compute what one with all of them does.
-test_processes.py compares the gradients of every method.
+test_runs_processes.py compares the gradients of every method.
 
-    torchrun --nproc_per_node 2 tests/test_fsdp.py      the worker, in a folder with a base model and deep/
+    torchrun --nproc_per_node 2 tests/test_train_fsdp.py      the worker, in a folder with a base model and deep/
 """
 import gc
 import json
@@ -22,7 +22,7 @@ import train
 from conftest import interrupt_at, make_quick, make_small, mistake, run, timeless
 from common import as_command
 from runs import Processes
-from test_processes import torchrun
+from test_runs_processes import torchrun
 
 RUNS = {"all weights": ("--method", "safedpo", "--eval_every", 3), "lora": ("--method", "dpo", "--lora_rank", 4),
         "mixture": ("--method", "moe-dpo", "--lora_rank", 4, "--router_lr", 1),
@@ -130,4 +130,4 @@ if __name__ == "__main__":
     patch = pytest.MonkeyPatch()
     make_small(patch)
     make_quick(patch)
-    as_command(lambda: work(patch, Processes.join()), "test_fsdp.py", "interrupted")
+    as_command(lambda: work(patch, Processes.join()), "test_train_fsdp.py", "interrupted")

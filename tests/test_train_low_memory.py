@@ -193,7 +193,7 @@ def test_a_parameter_whose_gradient_is_not_finite_stays_and_the_step_is_counted(
 
 
 def check_that_a_step_in_two_processes_is_that_of_one(processes):
-    """But for the rounding of gradients to bfloat16 before they are summed; test_processes.py starts the processes."""
+    """But for the rounding of gradients to bfloat16 before they are summed; test_runs_processes.py starts the processes."""
     one, before, metrics = one_step()
     two, _, others = one_step(pairs=([0, 2, 4, 6], [1, 3, 5, 7]), processes=processes)
     assert others == pytest.approx(metrics, rel=0.01, abs=1e-3)

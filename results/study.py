@@ -1,10 +1,10 @@
 """The tables of results/README.md: train every row of a study with several seeds, then print mean ± standard error.
 
-    python tests/study.py all                            all methods in one table, seeds 3 to 7, test prompts
-    python tests/study.py all --rates 0.5,1,2            development split, seeds 0 to 2: every row at each of these
+    python results/study.py all                            all methods in one table, seeds 3 to 7, test prompts
+    python results/study.py all --rates 0.5,1,2            development split, seeds 0 to 2: every row at each of these
                                                          multiples of its learning rate, and which one is best
-    python tests/study.py pmol --rows "^10:" --seeds 3,4 some rows, some seeds
-    python tests/study.py all --against MidPO            how far the other rows are above this one, seed by seed
+    python results/study.py pmol --rows "^10:" --seeds 3,4 some rows, some seeds
+    python results/study.py all --against MidPO            how far the other rows are above this one, seed by seed
 
 Each seed makes a base model, comparisons, an order of training and samples of its own. Runs go to out/study/ and are
 kept when finished, so a call that was interrupted goes on: after a change of the code, delete out/. Each runs on one

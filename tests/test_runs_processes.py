@@ -1,6 +1,6 @@
 """Two processes under torchrun (gloo, on the CPU) compute what one does: steps, runs, a run that goes on, a lost rank.
 
-    torchrun --nproc_per_node 2 tests/test_processes.py      the worker of the first test
+    torchrun --nproc_per_node 2 tests/test_runs_processes.py      the worker of the first test
 """
 import json
 import os
@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error, timeless
 from common import as_command
 from runs import Processes
-from test_memory import check_that_a_step_in_two_processes_is_that_of_one
-from test_steps import METHODS, check_equal, inputs_of, step_of
+from test_train_low_memory import check_that_a_step_in_two_processes_is_that_of_one
+from test_train_steps import METHODS, check_equal, inputs_of, step_of
 
 SMALL = ROOT / "tests" / "small_train.py"
 FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--log_every", 1, "--lr", 1e-3, "--epochs", 10)
@@ -147,4 +147,4 @@ def work():
 
 
 if __name__ == "__main__":
-    as_command(work, "test_processes.py", "interrupted")
+    as_command(work, "test_runs_processes.py", "interrupted")

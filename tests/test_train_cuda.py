@@ -11,7 +11,7 @@ from conftest import SHAPES, encoded_of, interrupt_at, load_fixture, relative_er
 from batch import pack, policy_logps, precision, sequence_logps
 from model import generate
 from test_attention import ITEMS
-from test_steps import METHODS, inputs_of, step_of
+from test_train_steps import METHODS, inputs_of, step_of
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device is here")

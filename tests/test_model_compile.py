@@ -11,7 +11,7 @@ import train
 from conftest import encoded_of, files_of, run, tiny
 from batch import pack, policy_logps
 from model import compile_once
-from test_steps import check_equal, inputs_of, ready
+from test_train_steps import check_equal, inputs_of, ready
 
 
 

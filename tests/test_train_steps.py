@@ -1,5 +1,5 @@
 """One optimiser step is the same however its pairs are split over forward passes: gradients and metrics, for every
-method. test_processes.py has the same over processes."""
+method. test_runs_processes.py has the same over processes."""
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace

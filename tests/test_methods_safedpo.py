@@ -1,6 +1,6 @@
 """SafeDPO (arXiv 2505.20065), start here: DPO on reordered pairs, T(D), with an offset Δ where one response is unsafe.
 
-"Better" means more helpful. Exhaustive tests: test_views.py (T), test_losses.py (the loss), test_train.py (whole runs).
+"Better" means more helpful. Exhaustive tests: test_data_views.py (T), test_losses_formulas.py (the loss), test_train_runs.py (whole runs).
 """
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""train.py, with what its metrics do not have: python tests/study_record.py margins|conflict[:GROUP] FLAGS of train.py
+"""train.py, with what its metrics do not have: python results/study_record.py margins|conflict[:GROUP] FLAGS of train.py
 
 margins    quantiles of Δr on safe/unsafe pairs in each twentieth of SafeDPO's training, to margins.json
 conflict   cosine of the gradients of two preferences' losses, by layer, over the training, to conflict.json;

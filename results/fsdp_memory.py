@@ -1,7 +1,7 @@
 """Bytes per process by formula: a table for Llama's sizes, or with flags of train.py beside what a small model takes.
 
-    python tests/fsdp_memory.py
-    MALLOC_MMAP_THRESHOLD_=65536 torchrun --nproc_per_node 2 tests/fsdp_memory.py --lora_rank 16     Linux, on the CPU
+    python results/fsdp_memory.py
+    MALLOC_MMAP_THRESHOLD_=65536 torchrun --nproc_per_node 2 results/fsdp_memory.py --lora_rank 16     Linux, on the CPU
 """
 import sys
 import tempfile

@@ -3,9 +3,9 @@ not warrant, nothing half-written.
 
 Every case is drawn from its number alone, so what a failure prints reproduces it:
 
-    python -m pytest -q tests/test_fuzz.py                           300 cases of each kind
-    FUZZ_CASES=5000 python -m pytest -q tests/test_fuzz.py           more of them
-    FUZZ_FIRST=4711 FUZZ_CASES=1 python -m pytest tests/test_fuzz.py -k tokenizer_config     one of them again
+    python -m pytest -q tests/test_checkpoint_damaged.py                           300 cases of each kind
+    FUZZ_CASES=5000 python -m pytest -q tests/test_checkpoint_damaged.py           more of them
+    FUZZ_FIRST=4711 FUZZ_CASES=1 python -m pytest tests/test_checkpoint_damaged.py -k tokenizer_config     one of them again
 """
 import contextlib
 import copy

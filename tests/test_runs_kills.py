@@ -1,7 +1,7 @@
 """Runs that end before their end: killed at random moments, on a full disk, by a loss that is not finite, in a folder
 that another run holds. The same command with --resume ends with the same bytes.
 
-    KILLS=20 python -m pytest -q tests/test_kills.py     20 kills of each method; else 2
+    KILLS=20 python -m pytest -q tests/test_runs_kills.py     20 kills of each method; else 2
 """
 import os
 import resource

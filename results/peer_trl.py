@@ -1,7 +1,7 @@
 """TRL's DPOTrainer with PEFT's LoRA on a work folder, in an environment that has transformers, trl, peft and datasets:
-what tests/bench_train.py runs beside train.py. Prints one JSON line.
+what results/bench_train.py runs beside train.py. Prints one JSON line.
 
-    PEER/bin/python tests/peer_trl.py WORK [--epochs 2] [--device cpu]
+    PEER/bin/python results/peer_trl.py WORK [--epochs 2] [--device cpu]
 
 With the options that TRL has for speed: reference log-probs computed once; on a GPU, batches without padding and
 bfloat16.

@@ -108,7 +108,7 @@ def train(flags, seed, split):
     words = step.format(*folders, before=before, **files).split()
     script = [ROOT / "train.py"]
     if words[0] == "record":
-        script, words = [ROOT / "tests/study_record.py", words[1]], words[2:]
+        script, words = [ROOT / "results/study_record.py", words[1]], words[2:]
     shutil.rmtree(out, ignore_errors=True)  # what an interrupted run has finished would be missing from the cost
     cost = run([*script, *words, "--seed", seed, "--eval_split", split, "--out", out])
     if not read_settings(out).get("finished"):

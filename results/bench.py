@@ -1,12 +1,12 @@
 """Side-by-side timings, each a ratio of two things that run in this process, in turn.
 
-    python tests/bench.py generate [--rounds 5]    our generate against transformers' (which it needs), with experts too
-    python tests/bench.py experts                  a PMoL training step with 16 experts against one with 4
-    python tests/bench.py mixture                  generation through MidPO's mixture against one expert and the base
-    python tests/bench.py train|ablation|growth    what training costs: see bench_train.py
-    python tests/bench.py memory                   bytes a weight of a training step, by default and with --low_memory
-    python tests/bench.py rounding [--rounds 3]    losses of runs with --low_memory beside those of float32 runs
-    python tests/bench.py refusals FILE.csv …      the refusal rule against human labels: XSTest's completion files
+    python results/bench.py generate [--rounds 5]    our generate against transformers' (which it needs), with experts too
+    python results/bench.py experts                  a PMoL training step with 16 experts against one with 4
+    python results/bench.py mixture                  generation through MidPO's mixture against one expert and the base
+    python results/bench.py train|ablation|growth    what training costs: see bench_train.py
+    python results/bench.py memory                   bytes a weight of a training step, by default and with --low_memory
+    python results/bench.py rounding [--rounds 3]    losses of runs with --low_memory beside those of float32 runs
+    python results/bench.py refusals FILE.csv …      the refusal rule against human labels: XSTest's completion files
 
 The median of the rounds' ratios is what counts, as it is the figure that other work on the machine disturbs least.
 Models are made here, of random weights.

@@ -1,12 +1,12 @@
-"""What training costs: DPO with LoRA experts of rank 16 on down_proj, batches of 8 pairs; called by tests/bench.py.
+"""What training costs: DPO with LoRA experts of rank 16 on down_proj, batches of 8 pairs; called by results/bench.py.
 
-    python tests/bench.py train [--work DIR] [--device cuda --shape 1b] [--beside PEER/bin/python]
-    python tests/bench.py ablation [--work DIR] [--rounds 3] [--only NAME,NAME]
-    python tests/bench.py growth [--rounds 3] [--clock cpu]
+    python results/bench.py train [--work DIR] [--device cuda --shape 1b] [--beside PEER/bin/python]
+    python results/bench.py ablation [--work DIR] [--rounds 3] [--only NAME,NAME]
+    python results/bench.py growth [--rounds 3] [--clock cpu]
 
 train prints one JSON line about `train.py` on a work folder: DIR/model in Hugging Face layout and DIR/pairs.jsonl of
 {"prompt", "chosen", "rejected"}; without --work, random weights of the shape and random pairs. --beside: TRL's turn on
-the same folder (tests/peer_trl.py), by the python of an environment that has it, and the ratios.
+the same folder (results/peer_trl.py), by the python of an environment that has it, and the ratios.
 ablation: the steps of train.py with one of its ways to save time or memory taken away, against all of them; growth:
 with more pairs, experts, tokens or vocabulary. Every measurement is a process of its own. Model FLOPs are what the
 matrix products of a step need: real tokens only, prompts shared, attention dense within a pair, no product for the
