@@ -30,18 +30,18 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import bench_train  # noqa: E402
-import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
+import bench_train  # noqa: E402
 import common  # noqa: E402
 import losses  # noqa: E402
-from checkpoint import load_model, save_model  # noqa: E402
-from model import ModelConfig, Transformer, generate, stream  # noqa: E402
+import methods  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from batch import Encoded, pack  # noqa: E402
+from checkpoint import load_model, save_model  # noqa: E402
 from judges import refuses  # noqa: E402
 from lora_moe import add_experts, router_weights, trainable_parameters  # noqa: E402
+from model import ModelConfig, Transformer, generate, stream  # noqa: E402
 
 SMALL = dict(model_type="llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
              num_key_value_heads=4, vocab_size=16000, max_position_embeddings=2048, tie_word_embeddings=True)

@@ -31,17 +31,17 @@ from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
-from checkpoint import read_config, save_model  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
-import model as model_file  # noqa: E402
-import lora_moe  # noqa: E402
 import common  # noqa: E402
+import lora_moe  # noqa: E402
+import methods  # noqa: E402
+import model as model_file  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
 from chat import Tokenizer  # noqa: E402
+from checkpoint import read_config, save_model  # noqa: E402
 from lora_moe import disable_experts  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 
 SHAPES = {  # width, inner width, layers, heads, heads of keys, vocabulary
     "tiny": (64, 176, 2, 4, 2, 2048), "small": (512, 1536, 8, 8, 4, 16000), "0.5b": (896, 4864, 24, 14, 2, 32000),
@@ -184,7 +184,7 @@ def bench_train(work, device, epochs, peer):
               "first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
     if peer:
         with tempfile.TemporaryDirectory() as folder:
-            theirs = process(peer, ROOT / "tests" / "peer_trl.py", work, "--epochs", epochs, "--device", device,
+            theirs = process(peer, ROOT / "results" / "peer_trl.py", work, "--epochs", epochs, "--device", device,
                              folder=folder)
         report["trl"] = theirs
         report |= {"process_ratio": theirs["wall_s"] / ours["wall_s"], "loop_ratio": theirs["loop_s"] / step_s.sum(),

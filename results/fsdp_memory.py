@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import methods  # noqa: E402
-from checkpoint import save_model  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
+from checkpoint import save_model  # noqa: E402
+from common import DTYPES  # noqa: E402
 from conftest import encoded_of  # noqa: E402
 from lora_moe import add_experts  # noqa: E402
+from model import ModelConfig, Transformer  # noqa: E402
 from runs import Processes  # noqa: E402
-from common import DTYPES  # noqa: E402
 
 LLAMA = {"1B": (2048, 8192, 16, 64), "8B": (4096, 14336, 32, 128), "70B": (8192, 28672, 80, 128)}
 COUNTS = (1, 2, 8, 32)  # processes

@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import study_pictures  # noqa: E402
 import toy  # noqa: E402
-from report import markdown_table, mean_and_error  # noqa: E402
 from common import read_json  # noqa: E402
+from report import markdown_table, mean_and_error  # noqa: E402
 from study_runs import costs, forgetting, make_base, metrics_of, train  # noqa: E402
 
 MIDPO, SHARE = "--method midpo --lr 3e-4", "--harmful_share 0.7"  # MidPO's default share, for all rows of "all"

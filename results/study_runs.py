@@ -16,15 +16,15 @@ import torch
 from safetensors import safe_open
 
 import toy
+from batch import encode
 from chat import Tokenizer
-from data import apply_view
 from checkpoint import cached_logps, load_policy, load_start
+from common import read_json, write_text
+from data import apply_view
 from eval import answer
 from lora_moe import choose_experts, use_expert
-from runs import read_settings
-from batch import encode
-from common import read_json, write_text
 from model import generate
+from runs import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/study")

@@ -22,19 +22,19 @@ sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
-import checkpoint  # noqa: E402
-import methods  # noqa: E402
 import batch as batch_file  # noqa: E402
-from checkpoint import load_model  # noqa: E402
-from model import ModelConfig, ScoreModel, Transformer, stream  # noqa: E402
+import checkpoint  # noqa: E402
 import eval as eval_file  # noqa: E402
+import methods  # noqa: E402
 import toy  # noqa: E402
 import train  # noqa: E402
-from chat import Tokenizer  # noqa: E402
-from data import apply_view  # noqa: E402
 from batch import Encoded, pack, policy_logps  # noqa: E402
-from lora_moe import add_experts, perturb_experts  # noqa: E402
+from chat import Tokenizer  # noqa: E402
+from checkpoint import load_model  # noqa: E402
 from common import UserError, read_json  # noqa: E402
+from data import apply_view  # noqa: E402
+from lora_moe import add_experts, perturb_experts  # noqa: E402
+from model import ModelConfig, ScoreModel, Transformer, stream  # noqa: E402
 
 FIXTURES, LAYOUTS = ROOT / "tests" / "fixtures", ROOT / "tests" / "layouts"
 FAMILY_FIXTURES = ("llama", "llama3", "mistral", "mistral_window", "qwen2", "qwen2_window", "qwen3", "gemma", "gemma2",

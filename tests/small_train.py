@@ -4,8 +4,8 @@ import sys
 import pytest
 
 import train
-from conftest import make_small, shorten_answers
 from common import as_command
+from conftest import make_small, shorten_answers
 
 if __name__ == "__main__":
     make_small(pytest.MonkeyPatch())

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 import batch as batch_file
-from conftest import SHAPES, VOCABULARY, brute_force, encoded_of, packed_logps, tiny
 from batch import pack, policy_logps, sequence_logps
+from conftest import SHAPES, VOCABULARY, brute_force, encoded_of, packed_logps, tiny
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (1, 1, 1), (7, 0, 3), (2, 3, 0), (9, 8, 7), (1, 2, 0), (4, 1, 12)]
 SINGLES = [(3, 5), (1, 4), (7, 0), (1, 1), (9, 12)]

@@ -8,8 +8,8 @@ import pytest
 
 import methods
 import train
-from conftest import encoded_of, load_run, run, small_pairs
 from batch import encode_pairs, epoch_order
+from conftest import encoded_of, load_run, run, small_pairs
 
 # The order
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from batch import encode, encode_pairs, first_fit, pack, row_length
 from conftest import encoded_of, pieces
 from data import Pair
-from batch import encode, encode_pairs, first_fit, pack, row_length
 from toy import make_tokenizer
 
 ITEMS = [(3, 5, 2), (1, 4, 6), (1, 1, 1), (7, 0, 3), (2, 3, 0), (9, 8, 7), (5, 0, 0), (4, 1, 12)]

@@ -7,13 +7,13 @@ from datetime import datetime
 
 import pytest
 
-import chat
 import batch as batch_file
-from conftest import byte_tokenizer, line_of, pieces
-from chat import Tokenizer
-from data import Pair
+import chat
 from batch import encode_pairs
+from chat import Tokenizer
 from common import UserError
+from conftest import byte_tokenizer, line_of, pieces
+from data import Pair
 
 TURNS = [{"role": role, "content": content}
          for role, content in (("user", "one"), ("assistant", "two"), ("user", "three"))]

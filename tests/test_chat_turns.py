@@ -6,10 +6,10 @@ import tokenizers
 
 import batch as batch_file
 import eval as eval_file
-from conftest import tiny, write_rows
-from chat import Tokenizer
-from data import Pair, apply_view, load_sources
 from batch import encode_pairs, show_pair
+from chat import Tokenizer
+from conftest import tiny, write_rows
+from data import Pair, apply_view, load_sources
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")

@@ -7,12 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import (FIXTURES, edit_json, edit_tensors, line_of, load_fixture, logits_of, moved_experts,
-                      relative_error)
 from checkpoint import load_adapter, load_model, save_adapter, save_model
+from common import UserError, read_json
+from conftest import FIXTURES, edit_json, edit_tensors, line_of, load_fixture, logits_of, moved_experts, relative_error
 from lora_moe import (add_experts, disable_experts, expert_layers, merge_experts, perturb_experts, set_routers,
                       trainable_parameters)
-from common import UserError, read_json
 
 ADAPTERS = {"adapter_list": "llama", "adapter_regex": "llama", "adapter_rslora": "llama", "adapter_pattern": "llama",
             "adapter_gpt2": "gpt2"}

@@ -27,21 +27,21 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import methods
-import lora_moe
 import batch as batch_file
+import checkpoint
 import common
 import data
-from checkpoint import adapter_warnings, load_adapter, load_experts, load_model, save_experts, save_model
-from model import ScoreModel, Transformer, generate
 import eval as eval_file
+import lora_moe
+import methods
 import train
-from conftest import FIXTURES, LAYOUTS, byte_tokenizer, edit_json, leftovers, line_of, load_fixture, moved_experts
 from chat import Tokenizer
-from lora_moe import add_gate, choose_experts, use_expert
-from runs import load_checkpoint, save_checkpoint
+from checkpoint import adapter_warnings, load_adapter, load_experts, load_model, save_experts, save_model
 from common import UserError
+from conftest import FIXTURES, LAYOUTS, byte_tokenizer, edit_json, leftovers, line_of, load_fixture, moved_experts
+from lora_moe import add_gate, choose_experts, use_expert
+from model import ScoreModel, Transformer, generate
+from runs import load_checkpoint, save_checkpoint
 
 CASES, FIRST = int(os.environ.get("FUZZ_CASES", 300)), int(os.environ.get("FUZZ_FIRST", 0))
 SECONDS = 5                    # of the processor that one case may take

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint import load_adapter, load_model
 import checkpoint
 import eval as eval_file
+from checkpoint import load_adapter, load_model
+from common import read_json
 from conftest import BASE, line_of, logits_of, run
 from lora_moe import Gate, expert_layers, use_expert
-from common import read_json
 
 TOKENS = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
 STEPS = ("--lora_rank", 4, "--lr", 1e-2, "--max_steps", 3)

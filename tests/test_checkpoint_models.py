@@ -11,13 +11,13 @@ import torch
 from huggingface_hub import errors, save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
-from checkpoint import find_folder, load_model, read_config, save_model
-from model import FAMILIES, ModelConfig, RMSNorm, ScoreModel, Transformer
 import checkpoint
 import model as model_file
+from checkpoint import find_folder, load_model, read_config, save_model
+from common import atomic_file, atomic_folder, read_json, write_text
 from conftest import (FAMILY_FIXTURES, FIXTURES, edit_json, edit_tensors, line_of, load_fixture, logits_of,
                       relative_error)
-from common import atomic_file, atomic_folder, read_json, write_text
+from model import FAMILIES, ModelConfig, RMSNorm, ScoreModel, Transformer
 
 
 def copy_of(name, tmp_path):

@@ -5,9 +5,9 @@ import torch
 
 import methods
 import train
+from batch import epoch_order
 from conftest import BASE, line_of, load_run, mistake, preference_pairs, rows, run, scored_file, write_rows
 from data import Comparison, apply_view, load_sources, require
-from batch import epoch_order
 from losses import moe_dpo_loss
 
 PAIR = {"prompt": "How do I bake bread?", "chosen": "Sure.", "rejected": "I will not help with that."}

@@ -9,9 +9,9 @@ import pytest
 
 import methods
 import train
+from common import UserError
 from conftest import BASE, LAYOUTS, grouped_file, line_of, load_run, pieces, rows, run, write_rows
 from data import Comparison, flip_labels, load_comparisons, prompt_hash, read_comparisons, source_files
-from common import UserError
 
 REPOS = {"PKU-Alignment/PKU-SafeRLHF": "saferlhf", "PKU-Alignment/PKU-SafeRLHF-30K": "saferlhf-30k",
          "Anthropic/hh-rlhf": "hh", "openbmb/UltraFeedback": "ultrafeedback"}

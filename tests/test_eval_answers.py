@@ -10,23 +10,23 @@ import pytest
 import tokenizers
 import torch
 
-import checkpoint
-import judges
 import batch as batch_file
-from checkpoint import load_model
-from model import ScoreModel
-import model as model_file
+import checkpoint
 import eval as eval_file
+import judges
+import model as model_file
 import toy
+from batch import longest
+from chat import Tokenizer
+from checkpoint import load_model
+from common import read_json
 from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_of, logp_alone, run, score_alone,
                       small_pairs, tiny, write_rows)
-from chat import Tokenizer
 from data import load_sources
 from eval import read_prompts
 from lora_moe import expert_layers, use_expert
-from batch import longest
+from model import ScoreModel
 from report import markdown_table, win_rate
-from common import read_json
 
 # Prompts
 

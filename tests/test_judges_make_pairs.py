@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-import model as model_file
 import data
 import eval as eval_file
-from conftest import BASE, json_lines, line_of, mistake, rows, run, score_alone, write_rows
+import model as model_file
 from chat import Tokenizer
-from data import read_comparisons
 from common import UserError, read_json
+from conftest import BASE, json_lines, line_of, mistake, rows, run, score_alone, write_rows
+from data import read_comparisons
 
 JUDGES = """
 def words(prompt, response):

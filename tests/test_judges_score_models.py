@@ -12,19 +12,18 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import judges
 import batch as batch_file
+import checkpoint
 import data
-from checkpoint import load_model, save_model
-from model import ModelConfig, ScoreModel, Transformer
 import eval as eval_file
 import toy
+from chat import Tokenizer
+from checkpoint import load_model, save_model
+from common import UserError
 from conftest import (BASE, COMPARISONS, LAYOUTS, SMALL_MODEL, edit_json, edit_tensors, first_batch, json_lines,
                       mistake, rows, run, score_alone, scored_file, small_pairs, softplus, write_rows)
-from chat import Tokenizer
 from data import apply_view, read_comparisons
-from common import UserError
+from model import ModelConfig, ScoreModel, Transformer
 
 
 def random_score_model(tokenizer_folder, folder, seed=0, **shape):

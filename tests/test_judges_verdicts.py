@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import judges
 import eval as eval_file
+import judges
 from conftest import json_lines, line_of
 from judges import BETTER, Judge, judge_metrics, judge_requests, read_verdict, refuses, repeats
 from report import win_rate

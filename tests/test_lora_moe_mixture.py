@@ -7,16 +7,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import methods
 import batch as batch_file
+import methods
+from batch import pack
+from chat import Tokenizer
+from checkpoint import load_experts, load_model, save_experts
+from common import read_json
 from conftest import (BASE, VOCABULARY, brute_force, edit_json, encoded_of, line_of, log_softmax, logits_of, pieces,
                       relative_error, tiny)
-from chat import Tokenizer
-from batch import pack
-from checkpoint import load_experts, load_model, save_experts
 from lora_moe import (Gate, add_experts, choose_experts, expert_layers, expert_logps, merge_experts, mixture_logps,
                       perturb_experts, pooled_states, set_routers, use_expert)
-from common import read_json
 from model import generate, stream
 
 PAIRS = [(3, 5, 2), (1, 4, 6), (7, 1, 3), (2, 3, 1), (9, 8, 7)]

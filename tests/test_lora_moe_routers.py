@@ -10,15 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lora_moe
+from batch import pack
+from checkpoint import load_experts, load_model, save_experts, save_model
+from common import read_json
 from conftest import (FIXTURES, edit_tensors, encoded_of, line_of, load_fixture, logits_of, moved_experts, pieces,
                       relative_error)
-from batch import pack
-from losses import expert_group_soft_loss, group_targets, router_l1
-from report import router_table
-from checkpoint import load_experts, load_model, save_experts, save_model
 from lora_moe import (ConstantRouter, ExpertLinear, SigmoidRouter, SoftmaxRouter, add_experts, disable_experts,
                       expert_layers, is_routed, merge_experts, router_weights, set_routers)
-from common import read_json
+from losses import expert_group_soft_loss, group_targets, router_l1
+from report import router_table
 
 # One layer
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from conftest import softplus
-from losses import (cost_loss, dpo_loss, preference_loss, reward_loss, router_l1, safedpo_loss, sft_loss,
-                    spe_dpo_loss)
+from losses import cost_loss, dpo_loss, preference_loss, reward_loss, router_l1, safedpo_loss, sft_loss, spe_dpo_loss
 
 UNSAFE = torch.tensor(list(itertools.product((0.0, 1.0), repeat=2)))  # (4, 2): chosen, rejected
 

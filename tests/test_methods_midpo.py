@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
-import methods
-from checkpoint import load_model, save_model
-from model import ScoreModel, generate
 import eval as eval_file
+import methods
 import toy
 import train
+from checkpoint import load_model, save_model
+from common import read_json
 from conftest import (BASE, COMPARISONS, check_that_it_is_evaluated_again_alike, edit_json, first_batch, ids_of,
                       interrupt_at, line_of, load_run, logp_alone, make_small, mistake, rows, run, scored_file,
                       shorten_answers, softplus)
 from data import apply_view
 from lora_moe import expert_layers
-from common import read_json
+from model import ScoreModel, generate
 
 STAGES = ["reward", "cost", "safety", "helpful"]
 FLAGS = ("--method", "midpo", "--max_steps", 4, "--log_every", 1, "--batch_size", 4)

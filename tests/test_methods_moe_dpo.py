@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import load_model, save_adapter, save_model
 import eval as eval_file
 import losses
+from checkpoint import load_model, save_adapter, save_model
+from common import read_json
 from conftest import (BASE, check_that_it_loads_and_is_evaluated_alike, files_of, first_batch, grouped_file,
                       interrupt_at, mistake, pair_logps, preference_pairs, rows, run, timeless, write_rows)
 from lora_moe import add_experts, merge_experts, perturb_experts
-from common import read_json
 
 SHORT = ("--max_steps", 3, "--log_every", 1, "--batch_size", 6)
 FLAGS = (*SHORT, "--lora_rank", 4, "--annotators", 6)

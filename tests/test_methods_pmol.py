@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 
 import checkpoint
 import data
-from checkpoint import load_model
 import toy
+from checkpoint import load_model
+from common import read_json
 from conftest import (BASE, check_that_it_is_evaluated_again_alike, check_that_it_loads_and_is_evaluated_alike,
                       files_of, first_batch, grouped_file, ids_of, interrupt_at, load_run, mistake, preference_pairs,
                       rows, run, timeless, write_rows)
 from data import Pair
 from lora_moe import expert_layers
 from losses import expert_group_soft_loss, group_targets
-from common import read_json
 
 # The targets
 

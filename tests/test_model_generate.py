@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import FAMILY_FIXTURES, FIXTURES, load_fixture
 from checkpoint import load_adapter
-from lora_moe import add_experts, merge_experts, perturb_experts
 from common import UserError
+from conftest import FAMILY_FIXTURES, FIXTURES, load_fixture
+from lora_moe import add_experts, merge_experts, perturb_experts
 from model import KVCache, generate, packed_linears, packs_linears, sample, stream
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [33], [90, 4, 71, 22], [8, 8, 8, 30, 2, 61, 44]]

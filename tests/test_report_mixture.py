@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import checkpoint
-import report as report_file
-from checkpoint import load_model, save_model
 import eval as eval_file
+import report as report_file
 import train
-from conftest import BASE, load_run, log_softmax, pair_logps, preference_pairs, run
 from batch import Encoded
-from report import expert_margins
+from checkpoint import load_model, save_model
+from conftest import BASE, load_run, log_softmax, pair_logps, preference_pairs, run
 from lora_moe import expert_layers, mixture_logps
+from report import expert_margins
 
 ANNOTATORS = tuple(f"{taste} {number:03}" for number in range(3) for taste in ("curtness", "warmth"))
 EVEN = [math.log(0.5)] * 2

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-import methods
 import batch as batch_file
-import runs as runs_file
 import eval as eval_file
 import lora_moe
+import methods
+import runs as runs_file
 import train
-from conftest import files_of, interrupt_at, mistake, rows, run, timeless
 from common import content_hash, read_json
+from conftest import files_of, interrupt_at, mistake, rows, run, timeless
 
 FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--max_steps", 4, "--log_every", 1)
 

@@ -18,12 +18,12 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-import methods
 import chat
+import methods
 import runs as runs_file
 import train
-from conftest import files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
 from common import as_command
+from conftest import files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
 from runs import LONG, alarms
 
 KILLS = int(os.environ.get("KILLS", 2))

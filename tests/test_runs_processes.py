@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-
-from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error, timeless
-from common import as_command
-from runs import Processes
 from test_train_low_memory import check_that_a_step_in_two_processes_is_that_of_one
+
+from common import as_command
+from conftest import ROOT, files_of, json_lines, leftovers, make_small, relative_error, timeless
+from runs import Processes
 from test_train_steps import METHODS, check_equal, inputs_of, step_of
 
 SMALL = ROOT / "tests" / "small_train.py"

@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import pytest
 
-from checkpoint import load_model
 import eval as eval_file
 import toy
-from conftest import BASE
 from chat import Tokenizer
+from checkpoint import load_model
+from conftest import BASE
 from toy import (CLOSINGS, CONTEXTS, OPENINGS, PREFERENCES, REFUSALS, WARM, Prompt, draw_answer, make_preferences,
                  oracle, preference_prompts, preference_score, tasks)
 

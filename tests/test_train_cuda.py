@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_attention import ITEMS
 
 import model as model_file
-from conftest import SHAPES, encoded_of, interrupt_at, load_fixture, relative_error, rows, run, timeless, tiny
 from batch import pack, policy_logps, precision, sequence_logps
+from conftest import SHAPES, encoded_of, interrupt_at, load_fixture, relative_error, rows, run, timeless, tiny
 from model import generate
-from test_attention import ITEMS
 from test_train_steps import METHODS, inputs_of, step_of
 
 DEVICE = "cuda"

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 import checkpoint
 import methods
-from checkpoint import save_model
-from model import ModelConfig, Transformer
 import toy
 import train
-from conftest import interrupt_at, make_quick, make_small, mistake, run, timeless
+from checkpoint import save_model
 from common import as_command
+from conftest import interrupt_at, make_quick, make_small, mistake, run, timeless
+from model import ModelConfig, Transformer
 from runs import Processes
 from test_runs_processes import torchrun
 

@@ -7,11 +7,11 @@ import torch
 
 import checkpoint
 import methods
-from conftest import BASE, first_batch, load_run, logp_alone, mistake, pair_logps, rows, run, small_pairs, ids_of
 from chat import Tokenizer
 from checkpoint import adapter_warnings, base_hash, load_adapter, load_model, save_model
-from lora_moe import merge_experts, trainable_parameters
 from common import read_json
+from conftest import BASE, first_batch, ids_of, load_run, logp_alone, mistake, pair_logps, rows, run, small_pairs
+from lora_moe import merge_experts, trainable_parameters
 
 SFT = ("--method", "sft", "--lora_rank", 4, "--lora_targets", "q_proj,down_proj", "--lr", 1e-2, "--max_steps", 6)
 

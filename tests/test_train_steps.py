@@ -1,5 +1,6 @@
 """One optimiser step is the same however its pairs are split over forward passes: gradients and metrics, for every
 method. test_runs_processes.py has the same over processes."""
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,19 +8,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
-import methods
 import batch as batch_file
-from checkpoint import load_model, save_model
-import model as model_file
+import checkpoint
 import lora_moe
+import methods
+import model as model_file
 import train
-from conftest import encoded_of, perturb_experts
-from chat import Tokenizer
 from batch import pack, split_step
-from runs import ALONE
+from chat import Tokenizer
+from checkpoint import load_model, save_model
 from common import whole
+from conftest import encoded_of, perturb_experts, tiny
+from runs import ALONE
 
 METHODS = {
     "sft": (), "dpo": ("--lora_rank", 4), "safedpo": (), "reward": (), "cost": (), "pmol": ("--lora_rank", 4, "--egs_weight", 1),
@@ -126,3 +129,45 @@ def test_a_batch_without_gradients_holds_few_tokens_too(monkeypatch):
         order = sum(parts, [])
         assert sorted(order) == list(range(6)) and (order == sorted(order) or "longest_first" not in settings)
         assert max(held) == (60 if "together" in settings else 30)  # pairs 2, 3 and 4 take two rows of 30
+
+
+class WithoutWaiting(TorchDispatchMode):
+    """A copy between the devices that is not said to be non-blocking raises AssertionError."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[0] if function.overloadpacket is torch.ops.aten._to_copy else args[1]
+            assert source.device == result.device or (kwargs or {}).get("non_blocking"), (source.shape, result.device)
+        return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_does_not_wait_for_the_device(place, monkeypatch, method):
+    inputs_of(method)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no device "meta"
+    config, model, encoded = ready(method)
+    model, config = model.to("meta"), replace(config, device="meta")
+    parameters = lora_moe.trainable_parameters(model)
+    optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: None)
+    parts = split_step(train.training_order(encoded, config)[:8], 2, encoded.labels.get("annotator"))
+    train.train_step(model, parameters, optimizer, encoded, parts, config, {})  # constants are copied once
+    with WithoutWaiting():
+        train.train_step(model, parameters, optimizer, encoded, parts, config, {})
+    assert any(parameter.grad is not None for _, parameter in parameters)
+
+
+def test_what_waits_is_found():
+    values = torch.zeros(3, device="meta")
+    for waiting in (lambda: values.sum().item(), lambda: values[values > 0], lambda: bool(values.any()),
+                    lambda: values.unique(), lambda: torch.arange(3).to("meta")):
+        with pytest.raises((RuntimeError, AssertionError)), WithoutWaiting():
+            waiting()
+
+
+def test_block_masks_are_made_without_waiting():
+    model = tiny("gemma2 with a window shorter than the sequences").to("meta")
+    batch = pack(encoded_of([(3, 9, 8), (1, 4, 2)]), [0, 1]).to("meta")
+    with WithoutWaiting():
+        masks = model.model.window_masks(batch.positions, batch.visible(), None)
+    assert masks.keys() == {0, 4} and all(isinstance(mask, BlockMask) for mask in masks.values())
