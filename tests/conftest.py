@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attention import ITEMS
+from test_model_compile import ITEMS
 
 import model as model_file
 from batch import pack, policy_logps, precision, sequence_logps
