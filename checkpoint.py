@@ -210,8 +210,9 @@ def load_weights(model, folder, dtype, device):
 def load_model(name_or_dir, dtype=torch.float32, device="cpu", mesh=None, kind=Transformer):
     """Load a folder in Hugging Face layout, or a hub id. Weights are read once, into their final place.
 
-    kind: Transformer or ScoreModel. mesh: processes over which `shard` splits the blocks before they are read; the caller splits the rest. Raises
-    UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
+    kind: Transformer or ScoreModel. mesh: processes over which `shard` splits the blocks before they are read; the
+    caller splits the rest. Raises UserError naming the file and the tensor that is missing, unexpected, wrongly shaped
+    or cut short.
     """
     folder = find_folder(name_or_dir)
     config = read_config(folder)  # computes RoPE's frequencies, for which the meta device would import torch._refs

@@ -250,6 +250,13 @@ def check_values(settings, values):
                 raise UserError(f"--{flag.name} {number}: {wrong}")
 
 
+def check_read(given, not_read):
+    """Raise UserError for a given flag that would not be read. not_read: {flag: when or why}."""
+    for flag in given:
+        if flag in not_read:
+            raise UserError(f"--{flag}: not read {not_read[flag]}")
+
+
 def check_device(device):
     """Raise UserError if torch has no such device here."""
     try:
@@ -265,9 +272,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, settings, program, description, values, hidden=()):
         super().__init__(prog=program, description=description, usage=f"{program} [flags]", allow_abbrev=False,
                          add_help=False, argument_default=argparse.SUPPRESS)
-        for flag in fields(settings):
-            if flag.metadata["heading"]:
-                group = self.add_argument_group(flag.metadata["heading"])
+        groups, heading = {}, ""
+        for flag in sorted(fields(settings), key=lambda flag: flag.name not in settings.__annotations__):  # shared: last
+            heading = flag.metadata["heading"] or heading
+            if heading not in groups:
+                groups[heading] = self.add_argument_group(heading)
+            group = groups[heading]
             choices, value = filter(None, flag.metadata["choices"]), values.get(flag.name)
             help = ": ".join(filter(None, (flag.metadata["help"], ", ".join(choices))))
             if not (value is None or value is False or value in ("", ())):

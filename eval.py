@@ -18,19 +18,19 @@ from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import toy
 from batch import Encoded, encode, longest
-from chat import TEMPLATES, TEMPLATE_NAMES
+from chat import TEMPLATES
 from checkpoint import (LOGPS_CACHE, cached_logps, export_experts, find_folder, load_policy, load_start, read_config,
                         save_model, started_from, weights_hash)
-from common import (DTYPES, Parser, UserError, as_command, check_device, check_values, content_hash, files_hash,
-                    first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
+from common import (DTYPES, Parser, UserError, as_command, check_device, check_read, check_values, content_hash,
+                    files_hash, first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
 from data import check_source, get_prompt, load_sources, parse_line, read_lines, source_files
 from judges import judge_answers, load_scorer, make_pairs, refuses, repeats, score_answers, score_file
 from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
+from methods import SharedFlags
 from model import stream
 from report import load_pyplot, markdown_table, measured, plot, router_report, router_table, terminal_table
 from runs import Processes, read_settings
@@ -326,7 +326,7 @@ def evaluate_answers(runs, args):
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SharedFlags):
     """The flags of this program."""
     split: str = setting("test", "toy prompts", "runs", ("dev", "test"))
     prompts: str = setting("", "other prompts: a .txt, .csv or .jsonl file, or what a preference source holds out")
@@ -353,15 +353,9 @@ class Settings:
     samples: int = setting(4, "answers to each prompt of --make_pairs", least=2)
     max_new_tokens: int = setting(None, "tokens of an answer (default: 512, of --make_pairs 64)", least=1)
     seed: int = setting(0, "of answers", least=0)
-    reward_model: str = setting("", "score model of helpfulness: a folder or hub id")
-    cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
-    template: str = setting(None, "prompt format of --model, or of --score's models", choices=TEMPLATE_NAMES)
-    score_template: str = setting(None, "prompt format of --make_pairs' score models", choices=TEMPLATE_NAMES)
     max_len: int = setting(2048, "tokens of prompt and response for score models", least=8)
     batch_size: int = setting(16, "responses at a time", least=1)
     dtype: str = setting("float32", "of the score models", choices=tuple(DTYPES))
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps, …")
-    skip_bad_rows: bool = setting(False, "leave out and count the rows that cannot be used, instead of stopping")
 
 
 def evaluate_runs(runs, args):
@@ -423,8 +417,8 @@ def main(argv=None):
     check_device(args.device)
     for run in filter(None, (*runs, args.merge, args.export)):
         toy.one_thread(read_settings(Path(run)).get("base", ""))
-    for flag in given.keys() - {asked, "dtype", "device", *READ[asked]}:
-        raise UserError(f"--{flag}: not read " + (f"with --{asked}" if asked else "for the toy world's table"))
+    check_read(given, dict.fromkeys(vars(args).keys() - {asked, "dtype", "device", *READ[asked]},
+                                    f"with --{asked}" if asked else "for the toy world's table"))
     if args.make_pairs:
         if not (args.model and args.reward_model and args.out.endswith(".jsonl")):
             raise UserError("--make_pairs needs --model, --reward_model and --out FILE.jsonl")

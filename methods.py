@@ -18,16 +18,16 @@ import toy
 from batch import policy_logps
 from chat import TEMPLATE_NAMES
 from checkpoint import find_folder, load_adapter, read_adapter_config, read_config
-from common import Parser, UserError, check_device, check_values, numbers, setting, source_names, weighted_names
+from common import (Parser, UserError, check_device, check_read, check_values, numbers, setting, source_names,
+                    weighted_names)
 from data import SOURCES, VIEWS, carry_scores, check_source
 from lora_moe import (GATES, add_experts, add_gate, add_head_copies, expert_layers, freeze_experts, mixture_logps,
                       pooled_states, router_weights, set_routers)
 from model import ScoreModel
 from report import mixture_report
-from runs import read_settings
 
 
-# A method: what it consists of, and the forward pass and builder of most of them
+# A method: what it consists of, and the builder of most of them
 
 
 def add_lora(config, model, num_experts=1, router=None):
@@ -51,11 +51,10 @@ def check_policy(config):
 class Method:
     """A view of the comparisons × what is trained × a loss.
 
-    loss(forward(model, batch), reference (N, R), batch, config) -> (mean loss, metrics); R responses to a prompt.
+    loss(model, batch, config) -> (mean loss over the batch's pairs, metrics), by one forward pass.
     """
     view: str
     loss: Callable
-    forward: Callable = policy_logps
     build: Callable = build_policy
     reads: tuple = ()             # the flags that it reads and not every method does
     responses: int = 2            # 1: only the chosen response is trained on
@@ -74,6 +73,10 @@ class Method:
 # TOY was chosen on the development split. For other models the defaults in Config are those of SafeDPO's paper, LoRA's
 # rate MidPO's; a preset says whose it is. The papers' batches are 8 or 4 pairs on each of several GPUs (--grad_accum).
 TOY = {"epochs": 2, "lora_rank": 16, "lr": lambda v: 1.6e-4 if v["lora_rank"] else 1.6e-5}
+DEPENDENT = {  # defaults that depend on other settings, for every method
+    "lr": lambda v: 1e-5 if v["lora_rank"] else 1e-6, "lora_alpha": lambda v: 2.0 * v["lora_rank"] or None,
+    "grad_clip": lambda v: 0.0 if v["low_memory"] else 1.0, "out": lambda v: f"out/{v['method']}",
+    "dtype": lambda v: "bfloat16" if v["low_memory"] else "float32"}
 METHODS = {}
 PREFERENCE = ("beta", "label_smoothing")
 
@@ -83,16 +86,18 @@ PREFERENCE = ("beta", "label_smoothing")
 # offset Δ on safe/unsafe pairs (arXiv 2505.20065).
 
 
-def sft(logps, reference, batch, config):
-    loss, metrics = losses.sft_loss(logps[:, 0], batch.lengths[:, 0])
+def sft(model, batch, config):
+    loss, metrics = losses.sft_loss(policy_logps(model, batch)[:, 0], batch.lengths[:, 0])
     return loss * batch.scale["responses"], {"logps/chosen": metrics["logps/chosen"]}
 
 
-def dpo(logps, reference, batch, config):
+def dpo(model, batch, config):
+    logps, reference = policy_logps(model, batch), batch.labels["reference"]            # (N, 2) each
     return losses.dpo_loss(*logps.T, *reference.T, config.beta, config.label_smoothing)
 
 
-def safedpo(logps, reference, batch, config):
+def safedpo(model, batch, config):
+    logps, reference = policy_logps(model, batch), batch.labels["reference"]            # (N, 2) each
     return losses.safedpo_loss(*logps.T, *reference.T, batch.labels["chosen_unsafe"], batch.labels["rejected_unsafe"],
                                config.beta, config.delta, config.label_smoothing)
 
@@ -122,17 +127,19 @@ def build_score_model(config, model, groups):
     return model
 
 
-def reward(scores, reference, batch, config):
+def reward(model, batch, config):
+    scores = response_scores(model, batch)
     loss, metrics = losses.reward_loss(*scores.T)
     return loss + config.score_l2 * scores.square().mean(), metrics
 
 
-def cost(scores, reference, batch, config):
+def cost(model, batch, config):
+    scores = response_scores(model, batch)
     loss, metrics = losses.cost_loss(*scores.T, batch.labels["chosen_unsafe"], batch.labels["rejected_unsafe"])
     return loss + config.score_l2 * scores.square().mean(), metrics
 
 
-SCORE_MODEL = dict(forward=response_scores, build=build_score_model, reference="", reads=("score_l2",),
+SCORE_MODEL = dict(build=build_score_model, reference="", reads=("score_l2",),
                    preset={"lr": lambda v: 1e-4 if v["lora_rank"] else 2e-5, "lora_rank": 0, "epochs": 2,
                            "weight_decay": 0.1},  # safe-rlhf's; LoRA: ours
                    toy={"lr": 3e-4, "epochs": 1, "weight_decay": 0.05, "score_l2": 0.0})
@@ -144,13 +151,9 @@ METHODS["cost"] = Method("cost", cost, **SCORE_MODEL, labels=("chosen_unsafe", "
 # score model; then, both frozen, a router in every layer learns by DPO on D_dual how much of each a token gets.
 
 
-def spe_dpo(logps, reference, batch, config):
+def spe_dpo(model, batch, config):
+    logps, reference = policy_logps(model, batch), batch.labels["reference"]            # (N, 2) each
     return losses.spe_dpo_loss(*logps.T, *reference.T, batch.labels["margin"], config.beta, config.label_smoothing)
-
-
-def routed_logps(model, batch):
-    """Log-probs of a packed batch, (N, R), and the router weights of that pass at its tokens: (L, tokens, slots)."""
-    return policy_logps(model, batch), router_weights(model, batch.inside)
 
 
 def build_midpo(config, model, groups):
@@ -159,10 +162,9 @@ def build_midpo(config, model, groups):
     return set_routers(model, {"type": "sigmoid", "hidden": config.router_hidden}, config.seed)
 
 
-def midpo(outputs, reference, batch, config):
-    logps, weights = outputs
-    loss, metrics = dpo(logps, reference, batch, config)
-    safety, helpfulness = weights.unbind(-1)                                            # (L, tokens) each
+def midpo(model, batch, config):
+    loss, metrics = dpo(model, batch, config)
+    safety, helpfulness = router_weights(model, batch.inside).unbind(-1)       # of that pass, (L, tokens) each
     scale = batch.scale["tokens"]
     l1 = losses.router_l1(safety, helpfulness) * scale
     return loss + config.router_l1 * l1, {**metrics, "router/l1": l1.detach(),
@@ -213,7 +215,7 @@ METHODS["spe-dpo"] = Method(
     preset={"lora_rank": 16, "weight_decay": 0.01},
     toy={"epochs": lambda v: 1 if v["view"] == "helpful" else 2})  # about as many steps for either expert
 METHODS["midpo"] = Method(
-    "dual", midpo, routed_logps, build_midpo, reference="base", check=check_midpo, prerequisites=midpo_prerequisites,
+    "dual", midpo, build_midpo, reference="base", check=check_midpo, prerequisites=midpo_prerequisites,
     reads=("init_adapter", *PREFERENCE, *SCORES, "router_l1", "router_hidden", "router_lr"),
     preset={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
     toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7})
@@ -249,9 +251,9 @@ def soft_targets(config, device):
     return torch.cat([target, torch.zeros_like(target[:1])]).to(device)
 
 
-def pmol(outputs, reference, batch, config):
-    logps, weights = outputs
-    loss, metrics = dpo(logps, reference, batch, config)
+def pmol(model, batch, config):
+    loss, metrics = dpo(model, batch, config)
+    weights = router_weights(model, batch.inside)                                   # of that pass, (L, tokens, K + 1)
     group = batch.labels["group"][batch.pair.flatten()[batch.inside]]                   # (tokens,); -1: no preference
     target = soft_targets(config, weights.device)
     soft = losses.expert_group_soft_loss(weights, group, target) * batch.scale["grouped"]
@@ -263,7 +265,7 @@ def pmol(outputs, reference, batch, config):
 
 
 METHODS["pmol"] = Method(
-    "helpful", pmol, routed_logps, build_pmol, check=check_rank, settle=settle_pmol,
+    "helpful", pmol, build_pmol, check=check_rank, settle=settle_pmol,
     reads=(*PREFERENCE, "experts", "egs_weight", "soft_constraint", "no_empty_expert", "router_temperature",
            "router_lr"),
     preset={"lora_rank": 16, "lora_targets": "mlp"},
@@ -290,11 +292,12 @@ def build_mixture(config, model, groups):
     return add_gate(model, config.gate, groups)
 
 
-def moe_dpo(outputs, reference, batch, config):
-    logps, log_gate = outputs
+def moe_dpo(model, batch, config):
+    (logps, log_gate), reference = mixture_logps(model, batch), batch.labels["reference"]
     reference = reference.permute(2, 0, 1) if reference.dim() == 3 else reference.expand_as(logps)  # (K, N, 2)
-    return losses.moe_dpo_loss(logps, reference, log_gate, config.beta, config.objective,
-                               batch.labels.get("annotator"), config.q_temperature[0])
+    with torch.autocast(logps.device.type, enabled=False):  # sums over an annotator's pairs are a product
+        return losses.moe_dpo_loss(logps, reference, log_gate, config.beta, config.objective,
+                                   batch.labels.get("annotator"), config.q_temperature[0])
 
 
 def anneal(config, done):
@@ -330,7 +333,7 @@ def prepare_mixture(model, encoded, config):
         encoded.labels["annotator"] = np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
 
 
-MIXTURE = dict(forward=mixture_logps, build=build_mixture, check=check_mixture, settle=settle_mixture,
+MIXTURE = dict(build=build_mixture, check=check_mixture, settle=settle_mixture,
                prepare=prepare_mixture, schedule=anneal, report=mixture_report,
                reads=("init_adapter", "beta", "experts", "share", "gate", "expert_noise", "references", "objective",
                       "latent", "q_temperature", "router_lr"))
@@ -363,26 +366,38 @@ def gate_weights(text):
 
 
 @dataclass(frozen=True)
-class Config:
+class SharedFlags:
+    """Flags of train.py and eval.py alike."""
+    template: str = setting(None, "prompt format (default: the tokenizer's chat template)", "data", TEMPLATE_NAMES)
+    skip_bad_rows: bool = setting(False, "leave out and count the rows that cannot be used, instead of stopping")
+    reward_model: str = setting("", "score model of helpfulness: a folder or hub id", "score models")
+    cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
+    score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=TEMPLATE_NAMES)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps, …", "machine",
+                          free=True)
+
+
+@dataclass(frozen=True)
+class Config(SharedFlags):
     """Every setting of a run. `resolve` replaces a default by what the method or the toy model needs."""
     method: str = setting("safedpo", "what to train", "method", tuple(METHODS))
-    view: str = setting(None, "how comparisons become pairs", choices=tuple(VIEWS))
+    view: str = setting("safedpo", "how comparisons become pairs", choices=tuple(VIEWS))
     beta: float = setting(0.1, "KL strength: reward = beta · log-ratio to the reference", above=0)
     delta: float = setting(10.0, "SafeDPO's offset on safe/unsafe pairs, in units of reward", least=0)
     label_smoothing: float = setting(0.0, "share of labels taken to be wrong (conservative DPO)", least=0, below=0.5)
     score_l2: float = setting(0.001, "weight of the scores' squares in reward and cost models (safe-rlhf's)", least=0)
     router_l1: float = setting(0.001, "weight of MidPO's L1 term |safety| + |helpfulness - 1|; 0: off", least=0)
     egs_weight: float = setting(0.1, "weight of PMoL's expert group soft loss; 0: off", least=0)
-    soft_constraint: tuple = setting("0.5", "PMoL's s_c from 0 (balance) to 1 (own group only), or one for each group",
+    soft_constraint: tuple = setting((0.5,), "PMoL's s_c from 0 (balance) to 1 (own group only), or one for each group",
                                      read=numbers, least=0, most=1)
     objective: str = setting("elbo", "of a mixture: its ELBO, or the poster's Σ w L", choices=("elbo", "weights"))
     latent: str = setting("comparison", "unit that shares one latent expert", choices=("comparison", "annotator"))
-    q_temperature: tuple = setting("1", "tempers the E-step: more than 1 makes responsibilities softer; two numbers: "
+    q_temperature: tuple = setting((1.0,), "tempers the E-step: more than 1 makes responsibilities softer; two numbers: "
                                         "from the first to the second over the run", read=numbers, above=0)
-    model: str = setting("toy", "toy, a folder in Hugging Face layout, or a hub id", "model and experts")
+    model: str = setting("toy", "toy, a folder in Hugging Face layout, or a hub id", "model")
     lora_rank: int = setting(0, "rank of the LoRA experts; 0: all weights (with --share trunk: whole heads)", least=0)
-    lora_alpha: float = setting(lambda v: 2.0 * v["lora_rank"] or None, "LoRA scale is alpha / rank", above=0)
-    lora_targets: tuple = setting("down_proj", "layers with experts: names, mlp or all-linear", read=layer_names)
+    lora_alpha: float = setting(None, "LoRA scale is alpha / rank", above=0)
+    lora_targets: tuple = setting(("down_proj",), "layers with experts: names, mlp or all-linear", read=layer_names)
     init_adapter: tuple = setting((), "adapter to start from, or one for each expert of midpo (safety, helpfulness) "
                                       "and mixtures", read=source_names)
     experts: int = setting(None, "number of experts; of pmol a multiple of the groups (default: as many)", least=1)
@@ -399,38 +414,30 @@ class Config:
                           read=source_names)
     groups: tuple = setting((), "preferences to mix, comma-separated, optionally weighted: help=2,harm=1 (default: the "
                                 "data's)", read=weighted_names)
-    template: str = setting(None, "prompt format (default: the tokenizer's chat template)", choices=TEMPLATE_NAMES)
     max_len: int = setting(512, "tokens of prompt and response together", least=8)
     held_out: float = setting(0.02, "share of prompts to hold out where the data has no test split", least=0, below=1)
     flip_safety: float = setting(0.0, "share of safety labels to flip", least=0, below=1)
     flip_preference: float = setting(0.0, "share of preferences to flip", least=0, below=1)
-    skip_bad_rows: bool = setting(False, "leave out and count the rows that cannot be used, instead of stopping")
     turns: str = setting("all", "turns of the assistant that SFT trains on, in messages", choices=("all", "last"))
-    reward_model: str = setting("", "score model of helpfulness, for SPE-DPO's margins: a folder or hub id")
-    cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
-    score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=TEMPLATE_NAMES)
     epochs: int = setting(3, "passes over the pairs", "optimiser", least=1)
     max_steps: int = setting(0, "stop after this many optimiser steps; 0: at the end of the epochs", least=0)
     batch_size: int = setting(8, "pairs per forward pass of each process", free=True, least=1)
     grad_accum: int = setting(1, "forward passes of each process per optimiser step", free=True, least=1)
     batch_tokens: int = setting(0, "padded tokens that a forward pass may hold: the same step in more passes, for less "
                                    "memory; 0: no limit", free=True, least=0)
-    lr: float = setting(lambda v: 1e-5 if v["lora_rank"] else 1e-6, "peak learning rate", above=0)
+    lr: float = setting(1e-6, "peak learning rate", above=0)
     router_lr: float = setting(1.0, "routers and gates learn at this many times the learning rate", above=0)
     warmup: float = setting(0.03, "share of the steps in which the rate rises; then it falls as a cosine", least=0)
     weight_decay: float = setting(0.05, "AdamW's, on matrices", least=0)
-    grad_clip: float = setting(lambda v: 0.0 if v["low_memory"] else 1.0, "largest gradient norm; 0: no clipping",
-                               least=0)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0: no clipping", least=0)
     seed: int = setting(0, "of everything random: data, order, weights, sampling", least=0)
-    dtype: str = setting(lambda v: "bfloat16" if v["low_memory"] else "float32",
-                         "of the forward pass and frozen weights", "machine", ("float32", "bfloat16"))
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps, …", free=True)
+    dtype: str = setting("float32", "of the forward pass and frozen weights", "machine", ("float32", "bfloat16"))
     compile: bool = setting(False, "torch.compile the layers, twice at most whatever the batches", free=True)
     fsdp: bool = setting(False, "split the weights over the processes of torchrun (FSDP)", free=True)
     checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time", free=True)
     low_memory: bool = setting(False, "train all weights in 6 bytes each instead of 16: they and AdamW's moments are "
                                       "bfloat16, rounded stochastically; gradients are used and freed as they come")
-    out: str = setting(lambda v: f"out/{v['method']}", "run folder", "run", free=True)
+    out: str = setting("out/safedpo", "run folder", "run", free=True)
     resume: bool = setting(False, "go on from the run folder's checkpoint, if any; leave a finished run", free=True)
     save_every: int = setting(0, "steps between checkpoints; 0: by time and when interrupted", free=True, least=0)
     log_every: int = setting(10, "steps between rows of metrics.jsonl", free=True, least=1)
@@ -459,8 +466,8 @@ class Config:
 
 # May change when a run is resumed; batch_size and grad_accum only as pairs_per_step stays what it is
 FREE = {flag.name for flag in fields(Config) if flag.metadata["free"]}
-# Flags that a method reads only in part: (flags, when they are not read, why)
-UNREAD = (
+# Flags that a run reads only in part: (flags, when they are not read, why)
+NOT_READ = (
     (("lora_targets",), lambda v: v["share"], "--share trunk has its experts in the head"),
     (("lora_alpha", "lora_targets"), lambda v: not v["lora_rank"] and not v["share"], "--lora_rank 0: no experts"),
     (("lora_rank", "lora_alpha", "lora_targets"), lambda v: v["init_adapter"], "--init_adapter has its own"),
@@ -480,6 +487,20 @@ UNREAD = (
 )
 
 
+def readers(flag):
+    """The methods that read this flag: those that name it in their row, or all where none does."""
+    return [name for name, method in METHODS.items() if flag in method.reads] or list(METHODS)
+
+
+def not_read(values):
+    """{flag: why this run does not read it}."""
+    methods = {flag.name: readers(flag.name) for flag in fields(Config)}
+    return {**{flag: f"in this run: {why}" for flags, applies, why in reversed(NOT_READ) if applies(values)
+               for flag in flags},
+            **{flag: f"by --method {values['method']}, but by {', '.join(names)}" for flag, names in methods.items()
+               if values["method"] not in names}}
+
+
 def resolve(given, inherited=None):
     """{flag: value} -> Config: the one place where settings depend on the method, the model and each other.
 
@@ -488,22 +509,22 @@ def resolve(given, inherited=None):
     """
     typed = {name: tuple(value) if isinstance(value, list) else value
              for name, value in {**(inherited or {}), **given}.items()}
-    values = {flag.name: typed.get(flag.name, flag.default) for flag in fields(Config)}
-    check_values(Config, {"method": values["method"], **typed})
-    method, toy_model, on_toy = METHODS[values["method"]], values["model"] == "toy", values["data"] == ("toy",)
-    preset = {"view": method.view, **(TOY if toy_model else {}), **method.preset, **(method.toy if toy_model else {})}
-    if not on_toy:
-        preset = {name: value for name, value in preset.items() if name not in ("groups", "annotators")}
-    values |= {name: value for name, value in preset.items() if name not in typed}
+    values = {**vars(Config()), **typed}
+    check_values(Config, typed)
+    method, toy_model, toy_data = METHODS[values["method"]], values["model"] == "toy", values["data"] == ("toy",)
+    defaults = {**DEPENDENT, "view": method.view, **(TOY if toy_model else {}), **method.preset,
+                **(method.toy if toy_model else {})}
+    values |= {name: value for name, value in defaults.items()
+               if name not in typed and (toy_data or name not in ("groups", "annotators"))}
     if values["init_adapter"]:
         adapter = read_adapter_config(Path(values["init_adapter"][0]) / "adapter_config.json")
         values |= {"lora_rank": adapter["r"], "lora_alpha": adapter["lora_alpha"],
                    "lora_targets": adapter["target_modules"]}
-    for flag in fields(Config):
+    for flag in fields(Config):  # in their order: a default reads what stands before it, and what was typed
         value = values[flag.name](values) if callable(values[flag.name]) else values[flag.name]
         values[flag.name] = flag.metadata["read"](value) if flag.metadata["read"] and isinstance(value, str) else value
     check_values(Config, values)
-    check_read(values, given)
+    check_read(given, not_read(values))
     check_inputs(values, given)
     config = Config(**values)
     method.check(config)
@@ -511,39 +532,16 @@ def resolve(given, inherited=None):
     return config
 
 
-def readers(flag):
-    """The methods that read this flag: those that name it in their row, or all where none does."""
-    return [name for name, method in METHODS.items() if flag in method.reads] or list(METHODS)
-
-
-def check_read(values, given):
-    """Raise UserError for a given flag that this run would not read."""
-    for flag in given:
-        if values["method"] not in readers(flag):
-            raise UserError(f"--{flag}: not read by --method {values['method']}, but by {', '.join(readers(flag))}")
-        for flags, applies, why in UNREAD:
-            if flag in flags and applies(values):
-                raise UserError(f"--{flag}: not read in this run: {why}")
-
-
 def check_inputs(values, given):
-    """Raise UserError for an input that is not there, or that this run would replace: it lies in --out."""
+    """Raise UserError for an input that is not there."""
     for source in values["data"] if values["data"] != ("toy",) else ():
         check_source(source)
     unknown = {name for name, _ in values["groups"]} - set(toy.PREFERENCES)
     if values["data"] == ("toy",) and unknown:
         raise UserError(f"--groups: toy has no preference {min(unknown)}; it has {', '.join(toy.PREFERENCES)}")
-    out = Path(values["out"]).resolve()
-    for flag in ("model", "data", "init_adapter", "references", "reward_model", "cost_model"):
-        value = given.get(flag, ())
-        for name in (value,) if isinstance(value, str) else value:
-            path = Path(name).resolve()
-            if flag in ("references", "reward_model", "cost_model"):
-                find_folder(name)
-            if not Path(name).exists() or not path.is_relative_to(out):
-                continue
-            if path == out or "method" not in read_settings(out / path.relative_to(out).parts[0]):  # no prerequisite's
-                raise UserError(f"--{flag} {name}: lies in --out {values['out']}, which this run replaces")
+    for name in (*given.get("references", ()), given.get("reward_model"), given.get("cost_model")):
+        if name:
+            find_folder(name)
 
 
 # What a prerequisite run decides for itself; it inherits every other setting that both methods read
@@ -567,9 +565,3 @@ def parse_flags(argv):
         Parser(Config, "train.py", about, asdict(config), hidden).print_help()
         raise SystemExit(0)
     return resolve(given)
-
-
-def plan(config):
-    """The runs that a command stands for, in order: prerequisites first, then the run itself."""
-    before, changes = METHODS[config.method].prerequisites(config)
-    return [*before, replace(config, **changes)]

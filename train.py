@@ -9,7 +9,8 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from eval import evaluate_run
 from judges import add_margins
 from lora_moe import (count_experts, disable_experts, is_mixture, is_router, perturb_experts, trainable_parameters,
                       use_expert)
-from methods import FREE, METHODS, parse_flags, plan, resolve
+from methods import FREE, METHODS, parse_flags, resolve
 from model import ScoreModel, compile_once
 from report import annotator_type
 from runs import (ALONE, Processes, RunLog, add_up, close_run, load_checkpoint, one_line_if_lost, open_run,
@@ -131,14 +132,6 @@ def reference_logps(model, encoded, config, processes=ALONE):
 # The training loop
 
 
-def batch_loss(model, batch, config):
-    """The method's (loss, metrics) on a packed batch: one forward pass."""
-    method = METHODS[config.method]
-    with precision(config.dtype, config.device):
-        outputs = method.forward(model, batch)
-    return method.loss(outputs, batch.labels.get("reference"), batch, config)
-
-
 @torch.no_grad()
 def measure(model, encoded, config, processes=ALONE):
     """The method's loss and metrics on held-out pairs: {"eval/loss": …, …}, means over the pairs."""
@@ -146,7 +139,8 @@ def measure(model, encoded, config, processes=ALONE):
     sums = {}
     annotator = encoded.labels.get("annotator")
     for indices, batch in batches(encoded, 4 * config.batch_size, config.device, True, annotator, processes):
-        loss, metrics = batch_loss(model, batch, config)
+        with precision(config.dtype, config.device):
+            loss, metrics = METHODS[config.method].loss(model, batch, config)
         accumulate(sums, {"loss": loss, **metrics}, len(indices))
     model.train()
     return {f"eval/{name}": total / len(encoded) for name, total in processes.total(sums).items()}
@@ -251,7 +245,8 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
     """
     step, now = encoded.counts(np.concatenate(parts)), {}
     for indices, counts in processes.share(parts):
-        loss, metrics = batch_loss(model, pack(encoded, indices, step).to(config.device), config)
+        with precision(config.dtype, config.device):
+            loss, metrics = METHODS[config.method].loss(model, pack(encoded, indices, step).to(config.device), config)
         share = counts * len(indices) / step["pairs"]
         loss.backward(torch.where(loss.isfinite(), share, math.nan))  # NaN makes every gradient NaN
         accumulate(now, {"loss": loss.detach(), **metrics}, share)
@@ -387,43 +382,35 @@ def run_settings(config, base, processes=ALONE):
 
 
 def run(config, processes=ALONE):
-    """One run, the only one in its folder."""
-    lock = FileLock(Path(config.out) / ".lock")  # `open_run` takes it, once the data and the model are in order
-    try:
-        with one_line_if_lost():
-            run_locked(config, processes, lock)
-    finally:
-        lock.release()
-
-
-def run_locked(config, processes, lock):
-    """The steps of a run: data, model, reference, training; then what `finish` does."""
+    """A run, the only one in its folder: data, model, reference log-probs, training, then what `finish` does."""
     method, started, out = METHODS[config.method], time.perf_counter(), Path(config.out)
-    base = processes.once(lambda: base_folder(config))
-    ready = time.perf_counter()
-    tokenizer = Tokenizer(base, config.template)
-    encoded, held_out = load_data(config, tokenizer)
-    config = method.settle(config, encoded.groups)
-    model = build_model(config, base, encoded.groups, processes)
-    settings = run_settings(config, base, processes)
-    work = processes.once(lambda: open_run(out, settings, FREE, config.resume, lock))
-    if work is None:
-        return print(f"{out}: finished with these settings, left as it is")
-    processes.once(lambda: write_text(work / "tokens.txt", show_pair(tokenizer, encoded)))
-    for pairs in filter(None, (encoded, held_out)):
-        method.prepare(model, pairs, config)
-        if method.reference:
-            pairs.labels["reference"] = reference_logps(model, pairs, config, processes).numpy()
-    perturb_experts(model, config.expert_noise, config.seed)
-    if config.compile:
-        model.model.run = compile_once(model.model.run)
-    train(model, encoded, held_out, config, work, processes)
-    vars(model.model).pop("run", None)  # the class's own again: answers grow by the token
-    trained = time.perf_counter()
-    finish(model, tokenizer, encoded, held_out, config, base, work, processes)
-    done = time.perf_counter()
-    print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation {done - trained:.0f} s; "
-          f"the run is in {out}/")
+    with ExitStack() as at_the_end, one_line_if_lost():
+        lock = FileLock(out / ".lock")  # `open_run` takes it, once the data and the model are in order
+        at_the_end.callback(lock.release)
+        base = processes.once(lambda: base_folder(config))
+        ready = time.perf_counter()
+        tokenizer = Tokenizer(base, config.template)
+        encoded, held_out = load_data(config, tokenizer)
+        config = method.settle(config, encoded.groups)
+        model = build_model(config, base, encoded.groups, processes)
+        settings = run_settings(config, base, processes)
+        work = processes.once(lambda: open_run(out, settings, FREE, config.resume, lock))
+        if work is None:
+            return print(f"{out}: finished with these settings, left as it is")
+        processes.once(lambda: write_text(work / "tokens.txt", show_pair(tokenizer, encoded)))
+        for pairs in filter(None, (encoded, held_out)):
+            method.prepare(model, pairs, config)
+            if method.reference:
+                pairs.labels["reference"] = reference_logps(model, pairs, config, processes).numpy()
+        perturb_experts(model, config.expert_noise, config.seed)
+        if config.compile:
+            model.model.run = compile_once(model.model.run)
+        train(model, encoded, held_out, config, work, processes)
+        vars(model.model).pop("run", None)  # the class's own again: answers grow by the token
+        trained = time.perf_counter()
+        finish(model, tokenizer, encoded, held_out, config, base, work, processes)
+    print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation "
+          f"{time.perf_counter() - trained:.0f} s; the run is in {out}/")
 
 
 def finish(model, tokenizer, encoded, held_out, config, base, work, processes=ALONE):
@@ -456,6 +443,18 @@ def is_finished(config, processes):
     return before.get("finished", False) and all(before.get(name) == settings[name] for name in settings.keys() - FREE)
 
 
+def check_inputs_outside(config):
+    """Raise UserError for an input that this run would replace: it lies in --out, and not in a prerequisite run there."""
+    out = Path(config.out).resolve()
+    for flag in ("model", "data", "init_adapter", "references", "reward_model", "cost_model"):
+        names = getattr(config, flag)
+        for name in (names,) if isinstance(names, str) else names:
+            path = Path(name).resolve()
+            if name and path.exists() and path.is_relative_to(out) and (
+                    path == out or "method" not in read_settings(out / path.relative_to(out).parts[0])):
+                raise UserError(f"--{flag} {name}: lies in --out {config.out}, which this run replaces")
+
+
 def keep_freed_memory():
     """Keep what a step frees for the next one: glibc would give it back and fault in every page again."""
     if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
@@ -468,15 +467,18 @@ def main(argv=None):
     torch.set_flush_denormal(True)
     keep_freed_memory()
     processes = Processes.join()
-    *before, last = plan(parse_flags(argv))
+    config = parse_flags(argv)
+    check_inputs_outside(config)
+    before, results = METHODS[config.method].prerequisites(config)
+    last = replace(config, **results)
     toy.one_thread(last.model)
-    for one in (*before, last) if before else ():
-        print(f"{one.out}: --method {one.method} --view {one.view}", flush=True)
-    for one in (*before, last):
-        if processes.once(lambda: (one is not last or one.resume) and is_finished(one, processes)):
-            print(f"{one.out}: finished with these settings, kept", flush=True)
+    for each in (*before, last) if before else ():
+        print(f"{each.out}: --method {each.method} --view {each.view}", flush=True)
+    for each in (*before, last):
+        if processes.once(lambda: (each is not last or each.resume) and is_finished(each, processes)):
+            print(f"{each.out}: finished with these settings, kept", flush=True)
         else:
-            run(one, processes)
+            run(each, processes)
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def unshared(state):
 
 
 def set_forward(forward):
-    methods.METHODS["dpo"] = replace(methods.METHODS["dpo"], forward=forward)
+    methods.policy_logps = forward
 
 
 def reference_again(state):

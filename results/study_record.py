@@ -6,7 +6,6 @@ conflict   cosine of the gradients of two preferences' losses, by layer, over th
 """
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import losses  # noqa: E402
 import methods  # noqa: E402
 import train  # noqa: E402
 from batch import pack  # noqa: E402
@@ -25,16 +25,15 @@ PROBE, EVERY = 128, 40  # pairs of each preference that a gradient is taken of; 
 
 def record_margins(config):
     """Train as `config` says; returns [{"step", quantiles of Δr, "passed": share with Δr > Δ}] over the training."""
-    method, seen = methods.METHODS["safedpo"], []
+    loss, seen = losses.safedpo_loss, []
 
-    def recording(logps, reference, batch, config):
-        ratio = (logps - reference).detach()
-        unsafe = batch.labels["rejected_unsafe"].bool() & ~batch.labels["chosen_unsafe"].bool()
+    def recording(chosen, rejected, ref_chosen, ref_rejected, chosen_unsafe, rejected_unsafe, beta, *settings):
         if torch.is_grad_enabled():  # training, not measuring
-            seen.append((config.beta * (ratio[:, 0] - ratio[:, 1]))[unsafe])
-        return method.loss(logps, reference, batch, config)
+            margins = beta * (chosen - ref_chosen - (rejected - ref_rejected)).detach()
+            seen.append(margins[rejected_unsafe.bool() & ~chosen_unsafe.bool()])
+        return loss(chosen, rejected, ref_chosen, ref_rejected, chosen_unsafe, rejected_unsafe, beta, *settings)
 
-    methods.METHODS["safedpo"] = replace(method, loss=recording)
+    losses.safedpo_loss = recording
     train.run(config)
     rows = []
     for part in np.array_split(np.arange(len(seen)), 20):
@@ -47,7 +46,7 @@ def record_margins(config):
 def layer_gradients(model, parameters, encoded, indices, config):
     """{layer: gradient of the method's loss on these pairs with respect to the layer's trained parameters}."""
     gradients = {}
-    train.batch_loss(model, pack(encoded, indices).to(config.device), config)[0].backward()
+    methods.METHODS[config.method].loss(model, pack(encoded, indices).to(config.device), config)[0].backward()
     for name, parameter in parameters:
         layer = name.split("layers.")[1].split(".")[0]
         gradients.setdefault(layer, []).append(parameter.grad.flatten())

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -64,6 +65,13 @@ def check_mistake(method, flags, parts):
     message = mistake("--method", method, *flags, "--max_steps", 1, "--out", "out/wrong")
     assert all(part in message for part in parts), message
     assert not Path("out/wrong").exists()
+
+
+def change_loss(patch, change):
+    """From now on the loss and the metrics of every method are change(loss, metrics)."""
+    for name, method in methods.METHODS.items():
+        patch.setitem(methods.METHODS, name, replace(
+            method, loss=lambda *inputs, loss=method.loss: change(*loss(*inputs))))
 
 
 # Files

@@ -2,15 +2,16 @@
 import os
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
 
 import toy
 import train
+from common import check_values
 from conftest import BASE, ROOT, check_mistake, grouped_file, mistake, write_rows
-from methods import Config, parse_flags
+from methods import Config, parse_flags, resolve
 
 # Mistakes
 
@@ -200,6 +201,15 @@ def test_the_same_flags_are_read_where_they_matter(place, flags):
 # Settings
 
 
+def test_the_settings_of_nothing_given_are_valid_and_those_of_the_papers_safedpo():
+    config = Config()
+    check_values(Config, vars(config))
+    assert all(value is None or isinstance(value, flag.type) for flag in fields(Config)
+               for value in [getattr(config, flag.name)])
+    given = {"model": BASE, "data": ("hh-rlhf",), "device": "cpu"}
+    assert replace(config, **given) == resolve(given)
+
+
 def test_settings_cannot_change_after_they_are_resolved():
     config = parse_flags(["--device", "cpu"])
     with pytest.raises(FrozenInstanceError):
@@ -282,10 +292,10 @@ def help_of(monkeypatch, capsys):
 
 def test_help_is_grouped_and_names_every_flag_with_its_default(help_of):
     headings = help_of()
-    assert [*headings][-7:] == ["method", "model and experts", "data", "optimiser", "machine", "run", "toy"]
+    assert [*headings][-8:] == ["method", "model", "data", "optimiser", "machine", "run", "toy", "score models"]
     for heading, flags in (("method", ("method", "view", "beta", "delta", "label_smoothing")),
-                           ("model and experts", ("model", "lora_rank", "experts", "gate", "router_hidden")),
-                           ("data", ("data", "groups", "max_len", "reward_model")),
+                           ("model", ("model", "lora_rank", "experts", "gate", "router_hidden")),
+                           ("data", ("data", "groups", "max_len", "template", "skip_bad_rows")), ("score models", ("reward_model",)),
                            ("optimiser", ("epochs", "batch_size", "grad_accum", "lr", "seed")),
                            ("machine", ("device", "dtype")), ("toy", ("harmful_share", "annotators")),
                            ("run", ("out", "resume", "save_every", "log_every"))):
@@ -298,7 +308,7 @@ def test_help_is_grouped_and_names_every_flag_with_its_default(help_of):
 @pytest.mark.parametrize("flags, hidden, epochs", (((), 64, 6), (("--model", "x"), 512, 3)), ids=("toy", "other"))
 def test_help_of_a_method_shows_its_values_and_hides_flags_that_it_does_not_read(help_of, flags, hidden, epochs):
     headings = help_of("--method", "midpo", *flags)
-    assert f"(default: {hidden})" in headings["model and experts"]["router_hidden"]
+    assert f"(default: {hidden})" in headings["model"]["router_hidden"]
     assert f"(default: {epochs})" in headings["optimiser"]["epochs"]
     assert "(default: dual)" in headings["method"]["view"] and "(default: out/midpo)" in headings["run"]["out"]
     shown = {flag for flags in headings.values() for flag in flags}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lora_moe
+import methods
 import model as model_file
 import train
 from batch import pack, policy_logps
@@ -35,7 +36,7 @@ def test_batches_of_all_shapes_take_two_compilations(place, method, checkpointin
 
     def results():
         for batch in batches:
-            loss, metrics = train.batch_loss(model, batch, config)
+            loss, metrics = methods.METHODS[config.method].loss(model, batch, config)
             gradients = torch.autograd.grad(loss, [parameter for _, parameter in parameters], allow_unused=True)
             yield ({name: gradient for (name, _), gradient in zip(parameters, gradients) if gradient is not None},
                    {key: float(value) for key, value in {"loss": loss.detach(), **metrics}.items()})

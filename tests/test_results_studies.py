@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import lora_moe
+import losses
 import methods
 import study
 import study_pictures
@@ -200,7 +201,7 @@ def test_other_comparisons_are_read_back_with_all_labels(tmp_path, monkeypatch):
 
 
 def test_margins_and_conflicts_are_recorded(quick, monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "safedpo", methods.METHODS["safedpo"])  # both are put back after the test
+    monkeypatch.setattr(losses, "safedpo_loss", losses.safedpo_loss)  # both are put back after the test
     monkeypatch.setattr(train, "train_step", train.train_step)
     monkeypatch.setattr(study_record, "EVERY", 2)
     config = methods.parse_flags("--method safedpo --epochs 3 --device cpu --out out/margins".split())

@@ -23,7 +23,7 @@ import methods
 import runs as runs_file
 import train
 from common import as_command
-from conftest import files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
+from conftest import change_loss, files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
 from runs import LONG, alarms
 
 KILLS = int(os.environ.get("KILLS", 2))
@@ -128,14 +128,13 @@ def test_killed_between_the_two_renames_of_a_save_the_checkpoint_before_it_count
 
 def poisoned(monkeypatch, steps):
     """From now on the loss of these steps is not a number."""
-    batch_loss, calls = train.batch_loss, iter(range(10 ** 6))
+    calls = iter(range(10 ** 6))
 
-    def loss_of(model, batch, config):
-        loss, metrics = batch_loss(model, batch, config)
+    def poison(loss, metrics):
         if torch.is_grad_enabled() and next(calls) in steps:
             return loss * float("nan"), {name: value * float("nan") for name, value in metrics.items()}
         return loss, metrics
-    monkeypatch.setattr(train, "batch_loss", loss_of)
+    change_loss(monkeypatch, poison)
 
 
 FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--log_every", 2, "--lr", 1e-3)
@@ -164,9 +163,7 @@ def test_a_skipped_step_changes_no_weight(quick, monkeypatch):
 
 
 def test_a_gradient_that_overflows_is_skipped_too(quick, monkeypatch):
-    batch_loss = train.batch_loss
-    monkeypatch.setattr(train, "batch_loss", lambda *settings: (batch_loss(*settings)[0] * 1e38 * 1e38 ** 0.5,
-                                                                batch_loss(*settings)[1]))
+    change_loss(monkeypatch, lambda loss, metrics: (loss * 1e38 * 1e38 ** 0.5, metrics))
     [row] = rows(run("run", *FLAGS, "--max_steps", 2))
     assert row["skipped"] == 2
 

@@ -19,7 +19,7 @@ import toy
 import train
 from checkpoint import save_model
 from common import as_command
-from conftest import interrupt_at, make_quick, make_small, mistake, run, timeless
+from conftest import change_loss, interrupt_at, make_quick, make_small, mistake, run, timeless
 from model import ModelConfig, Transformer
 from runs import Processes
 from test_runs_processes import torchrun
@@ -30,7 +30,6 @@ RUNS = {"all weights": ("--method", "safedpo", "--eval_every", 3), "lora": ("--m
 BFLOAT16 = ("--method", "dpo", "--dtype", "bfloat16", "--checkpointing")
 DEEP = {**toy.MODEL, "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8}
 SHARED = ("--lr", 1e-4, "--max_steps", 6, "--log_every", 1)
-batch_loss = train.batch_loss
 
 
 def flags_of(name, *flags):
@@ -117,7 +116,7 @@ def work(patch, processes):
         run(out, *BFLOAT16, *SHARED, "--batch_size", 4, *flags)
     with patch.context() as one_run:  # in its second pass, the second process computes a loss that is not finite
         scales = iter([1.0, math.nan if processes.rank else 1.0] + [1.0] * 100)
-        one_run.setattr(train, "batch_loss", lambda *args: [batch_loss(*args)[0] * next(scales), {}])
+        change_loss(one_run, lambda loss, _: (loss * next(scales), {}))
         run("skipped", *flags_of("all weights"), "--batch_size", 4, "--fsdp")
     with patch.context() as one_run:
         interrupt_at(one_run, 3, signal.SIGTERM)

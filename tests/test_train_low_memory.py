@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import lora_moe
 import train
-from conftest import (SHAPES, encoded_of, files_of, interrupt_at, load_run, packed_logps, relative_error, rows, run,
-                      timeless, tiny)
+from conftest import (SHAPES, change_loss, encoded_of, files_of, interrupt_at, load_run, packed_logps, relative_error,
+                      rows, run, timeless, tiny)
 from runs import ALONE
 
 FLAGS = ("--method", "safedpo", "--low_memory", "--log_every", 1, "--lr", 1e-3)
@@ -173,12 +173,9 @@ def test_it_writes_bfloat16_weights_and_resumes_to_the_same_bytes(quick, monkeyp
 @pytest.mark.parametrize("flags", (FLAGS, (*FLAGS[:2], *FLAGS[3:])), ids=("--low_memory", "by default"))
 def test_a_step_whose_loss_is_infinite_changes_no_weight_though_its_gradients_are_finite(quick, monkeypatch, flags):
     good = run("good", *flags, "--max_steps", 1, "--warmup", 0)
-    batch_loss, steps = train.batch_loss, iter(range(4))
-
-    def loss_of(*settings):
-        loss, metrics = batch_loss(*settings)
-        return loss + (math.inf if torch.is_grad_enabled() and next(steps) else 0), metrics
-    monkeypatch.setattr(train, "batch_loss", loss_of)
+    steps = iter(range(4))
+    change_loss(monkeypatch, lambda loss, metrics: (
+        loss + (math.inf if torch.is_grad_enabled() and next(steps) else 0), metrics))
     bad = run("bad", *flags, "--max_steps", 4, "--warmup", 0)
     assert [row.get("skipped", 0) for row in rows(bad)] == [0, 1, 1, 1]
     path = Path("model/model.safetensors")
