@@ -42,11 +42,6 @@ def build_policy(config, model, groups):
     return add_lora(config, model) if config.lora_rank else model
 
 
-def check_policy(config):
-    if len(config.init_adapter) > 1:
-        raise UserError(f"--init_adapter: {len(config.init_adapter)} adapters, but --method {config.method} trains one")
-
-
 @dataclass(frozen=True)
 class Method:
     """A view of the comparisons × what is trained × a loss.
@@ -62,7 +57,9 @@ class Method:
     labels: tuple = ()            # of Pair, without which the loss is not defined
     preset: dict = field(default_factory=dict)  # settings that differ from the defaults in Config, as on a command line
     toy: dict = field(default_factory=dict)     # … and on a toy model from those in TOY
-    check: Callable = check_policy                           # raises UserError for settings that do not fit together
+    needs_experts: bool = False   # it cannot train all weights
+    adapters: int = 1             # how many --init_adapter starts from; 0: one for each expert
+    check: Callable = lambda config: None                    # raises UserError for settings that do not fit together
     prerequisites: Callable = lambda config: ([], {})        # runs before this one; settings that name their results
     settle: Callable = lambda config, groups: config         # settings that depend on the data
     prepare: Callable = lambda model, encoded, config: None  # adds labels that need the model
@@ -196,18 +193,6 @@ def midpo_prerequisites(config):
     return runs, {**changes, "init_adapter": tuple(f"{config.out}/{view}/adapter" for view in ("safety", "helpful"))}
 
 
-def check_midpo(config):
-    check_rank(config)
-    if len(config.init_adapter) not in (0, 2):
-        raise UserError(f"--init_adapter {','.join(config.init_adapter)}: midpo wants two, the safety and the "
-                        "helpfulness expert")
-
-
-def check_rank(config):
-    if not config.lora_rank:
-        raise UserError(f"--lora_rank 0: --method {config.method} trains LoRA experts; it needs a rank of at least 1")
-
-
 SCORES = ("reward_model", "cost_model", "score_template")
 METHODS["spe-dpo"] = Method(
     "safety", spe_dpo, labels=("margin",), prerequisites=spe_dpo_prerequisites,
@@ -215,7 +200,7 @@ METHODS["spe-dpo"] = Method(
     preset={"lora_rank": 16, "weight_decay": 0.01},
     toy={"epochs": lambda v: 1 if v["view"] == "helpful" else 2})  # about as many steps for either expert
 METHODS["midpo"] = Method(
-    "dual", midpo, build_midpo, reference="base", check=check_midpo, prerequisites=midpo_prerequisites,
+    "dual", midpo, build_midpo, reference="base", needs_experts=True, adapters=2, prerequisites=midpo_prerequisites,
     reads=("init_adapter", *PREFERENCE, *SCORES, "router_l1", "router_hidden", "router_lr"),
     preset={"lora_rank": 16, "weight_decay": 0.0, "lr": 1e-5},
     toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7})
@@ -265,7 +250,7 @@ def pmol(model, batch, config):
 
 
 METHODS["pmol"] = Method(
-    "helpful", pmol, build_pmol, check=check_rank, settle=settle_pmol,
+    "helpful", pmol, build_pmol, needs_experts=True, settle=settle_pmol,
     reads=(*PREFERENCE, "experts", "egs_weight", "soft_constraint", "no_empty_expert", "router_temperature",
            "router_lr"),
     preset={"lora_rank": 16, "lora_targets": "mlp"},
@@ -309,13 +294,11 @@ def anneal(config, done):
 def check_mixture(config):
     if len(config.q_temperature) > 2:
         raise UserError(f"--q_temperature: {len(config.q_temperature)} numbers; give one, or the first and the last")
-    for name in ("init_adapter", "references", "gate"):
+    for name in ("references", "gate"):
         value = getattr(config, name)
         if value and not isinstance(value, str) and len(value) != config.experts:
             raise UserError(f"--{name}: {len(value)} {'weights' if name == 'gate' else 'folders'} for "
                             f"{config.experts} experts")
-    if not config.share:
-        check_rank(config)
 
 
 def settle_mixture(config, groups):
@@ -333,7 +316,7 @@ def prepare_mixture(model, encoded, config):
         encoded.labels["annotator"] = np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
 
 
-MIXTURE = dict(build=build_mixture, check=check_mixture, settle=settle_mixture,
+MIXTURE = dict(build=build_mixture, needs_experts=True, adapters=0, check=check_mixture, settle=settle_mixture,
                prepare=prepare_mixture, schedule=anneal, report=mixture_report,
                reads=("init_adapter", "beta", "experts", "share", "gate", "expert_noise", "references", "objective",
                       "latent", "q_temperature", "router_lr"))
@@ -527,6 +510,11 @@ def resolve(given, inherited=None):
     check_read(given, not_read(values))
     check_inputs(values, given)
     config = Config(**values)
+    started, adapters = len(config.init_adapter), method.adapters or config.experts
+    if started not in (0, adapters):
+        raise UserError(f"--init_adapter: {started} adapters, but --method {config.method} starts from {adapters}")
+    if method.needs_experts and not config.lora_rank and not config.share:
+        raise UserError(f"--lora_rank 0: --method {config.method} trains experts; it needs a rank of at least 1")
     method.check(config)
     check_device(config.device)
     return config
