@@ -356,8 +356,7 @@ class SharedFlags:
     reward_model: str = setting("", "score model of helpfulness: a folder or hub id", "score models")
     cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
     score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=TEMPLATE_NAMES)
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps, …", "machine",
-                          free=True)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps", "machine", free=True)
 
 
 @dataclass(frozen=True)
@@ -371,32 +370,27 @@ class Config(SharedFlags):
     score_l2: float = setting(0.001, "weight of the scores' squares in reward and cost models (safe-rlhf's)", least=0)
     router_l1: float = setting(0.001, "weight of MidPO's L1 term |safety| + |helpfulness - 1|; 0: off", least=0)
     egs_weight: float = setting(0.1, "weight of PMoL's expert group soft loss; 0: off", least=0)
-    soft_constraint: tuple = setting((0.5,), "PMoL's s_c from 0 (balance) to 1 (own group only), or one for each group",
+    soft_constraint: tuple = setting((0.5,), "PMoL's s_c: 0 balances, 1: own group only; or one a group",
                                      read=numbers, least=0, most=1)
     objective: str = setting("elbo", "of a mixture: its ELBO, or the poster's Σ w L", choices=("elbo", "weights"))
     latent: str = setting("comparison", "unit that shares one latent expert", choices=("comparison", "annotator"))
-    q_temperature: tuple = setting((1.0,), "tempers the E-step: more than 1 makes responsibilities softer; two numbers: "
-                                        "from the first to the second over the run", read=numbers, above=0)
+    q_temperature: tuple = setting((1.0,), "above 1 softens the E-step; two: first to last", read=numbers, above=0)
     model: str = setting("toy", "toy, a folder in Hugging Face layout, or a hub id", "model")
     lora_rank: int = setting(0, "rank of the LoRA experts; 0: all weights (with --share trunk: whole heads)", least=0)
     lora_alpha: float = setting(None, "LoRA scale is alpha / rank", above=0)
     lora_targets: tuple = setting(("down_proj",), "layers with experts: names, mlp or all-linear", read=layer_names)
-    init_adapter: tuple = setting((), "adapter to start from, or one for each expert of midpo (safety, helpfulness) "
-                                      "and mixtures", read=source_names)
+    init_adapter: tuple = setting((), "adapter to start from; midpo, mixtures: one for each expert", read=source_names)
     experts: int = setting(None, "number of experts; of pmol a multiple of the groups (default: as many)", least=1)
     share: str = setting("", "trunk: a mixture's experts are heads on one trunk", choices=("", "trunk"))
-    gate: str = setting("constant", "a mixture's weights: numbers, or constant, prompt, user, which learn",
-                        read=gate_weights)
-    references: tuple = setting((), "folders of the references of a mixture's experts (default: their start)",
-                                read=source_names)
+    gate: str = setting("constant", "a mixture's weights: numbers; learned: constant, prompt, user", read=gate_weights)
+    references: tuple = setting((), "references of a mixture's experts (default: their start)", read=source_names)
     expert_noise: float = setting(0.0, "standard deviation of a mixture's B at the start; sets experts apart", least=0)
     no_empty_expert: bool = setting(False, "PMoL without its empty expert")
     router_temperature: float = setting(1.0, "of PMoL's softmax routers", above=0)
     router_hidden: int = setting(512, "d_r, the width inside MidPO's routers", least=1)
-    data: tuple = setting(("toy",), f"toy, {', '.join(SOURCES)}, a file or a folder; several are a group each", "data",
+    data: tuple = setting(("toy",), f"toy, {', '.join(SOURCES)}, a file or a folder; several: a group each", "data",
                           read=source_names)
-    groups: tuple = setting((), "preferences to mix, comma-separated, optionally weighted: help=2,harm=1 (default: the "
-                                "data's)", read=weighted_names)
+    groups: tuple = setting((), "preferences to mix, weighted or not: help=2,harm=1 (default: all)", read=weighted_names)
     max_len: int = setting(512, "tokens of prompt and response together", least=8)
     held_out: float = setting(0.02, "share of prompts to hold out where the data has no test split", least=0, below=1)
     flip_safety: float = setting(0.0, "share of safety labels to flip", least=0, below=1)
@@ -406,8 +400,7 @@ class Config(SharedFlags):
     max_steps: int = setting(0, "stop after this many optimiser steps; 0: at the end of the epochs", least=0)
     batch_size: int = setting(8, "pairs per forward pass of each process", free=True, least=1)
     grad_accum: int = setting(1, "forward passes of each process per optimiser step", free=True, least=1)
-    batch_tokens: int = setting(0, "padded tokens that a forward pass may hold: the same step in more passes, for less "
-                                   "memory; 0: no limit", free=True, least=0)
+    batch_tokens: int = setting(0, "most padded tokens in a forward pass; 0: no limit", free=True, least=0)
     lr: float = setting(1e-6, "peak learning rate", above=0)
     router_lr: float = setting(1.0, "routers and gates learn at this many times the learning rate", above=0)
     warmup: float = setting(0.03, "share of the steps in which the rate rises; then it falls as a cosine", least=0)
@@ -418,8 +411,7 @@ class Config(SharedFlags):
     compile: bool = setting(False, "torch.compile the layers, twice at most whatever the batches", free=True)
     fsdp: bool = setting(False, "split the weights over the processes of torchrun (FSDP)", free=True)
     checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time", free=True)
-    low_memory: bool = setting(False, "train all weights in 6 bytes each instead of 16: they and AdamW's moments are "
-                                      "bfloat16, rounded stochastically; gradients are used and freed as they come")
+    low_memory: bool = setting(False, "train all weights in 6 bytes each, not 16: bfloat16, rounded stochastically")
     out: str = setting("out/safedpo", "run folder", "run", free=True)
     resume: bool = setting(False, "go on from the run folder's checkpoint, if any; leave a finished run", free=True)
     save_every: int = setting(0, "steps between checkpoints; 0: by time and when interrupted", free=True, least=0)
