@@ -356,7 +356,7 @@ class SharedFlags:
     reward_model: str = setting("", "score model of helpfulness: a folder or hub id", "score models")
     cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
     score_template: str = setting(None, "prompt format of the score models (default: theirs)", choices=TEMPLATE_NAMES)
-    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, mps", "machine", free=True)
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1 …", "machine", free=True)
 
 
 @dataclass(frozen=True)
@@ -390,7 +390,7 @@ class Config(SharedFlags):
     router_hidden: int = setting(512, "d_r, the width inside MidPO's routers", least=1)
     data: tuple = setting(("toy",), f"toy, {', '.join(SOURCES)}, a file or a folder; several: a group each", "data",
                           read=source_names)
-    groups: tuple = setting((), "preferences to mix, weighted or not: help=2,harm=1 (default: all)", read=weighted_names)
+    groups: tuple = setting((), "preferences to mix, also weighted: help=2,harm=1 (default: all)", read=weighted_names)
     max_len: int = setting(512, "tokens of prompt and response together", least=8)
     held_out: float = setting(0.02, "share of prompts to hold out where the data has no test split", least=0, below=1)
     flip_safety: float = setting(0.0, "share of safety labels to flip", least=0, below=1)
@@ -537,7 +537,7 @@ def prerequisite(config, method, folder, **changes):
 
 def parse_flags(argv):
     """argv -> Config, checked. Raises UserError."""
-    about = __doc__.partition("\n")[0]
+    about = "Train a policy by preference. --help --method NAME shows the flags of a method and the values it would use."
     given = vars(Parser(Config, "train.py", about, {}).parse_args(argv))
     if given.pop("help", False):  # --help --method midpo shows the flags and values of that method
         config = resolve(given)
