@@ -537,7 +537,7 @@ def prerequisite(config, method, folder, **changes):
 
 def parse_flags(argv):
     """argv -> Config, checked. Raises UserError."""
-    about = "Train a policy by preference. --help --method NAME shows the flags of a method and the values it would use."
+    about = "Train a policy by preference. --help --method NAME shows the flags and values of a method."
     given = vars(Parser(Config, "train.py", about, {}).parse_args(argv))
     if given.pop("help", False):  # --help --method midpo shows the flags and values of that method
         config = resolve(given)
