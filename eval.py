@@ -32,7 +32,7 @@ from judges import judge_answers, load_scorer, make_pairs, refuses, repeats, sco
 from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
 from methods import SharedFlags
 from model import stream
-from report import load_pyplot, markdown_table, measured, plot, router_report, router_table, terminal_table
+from report import load_pyplot, markdown_table, means_and_errors, plot, router_report, router_table, terminal_table
 from runs import Processes, read_settings
 
 
@@ -214,7 +214,7 @@ def health(prompts, rows, logps, start_logps):
     for label in sorted({row["label"] for row in prompts} & {"safe", "unsafe"}) or [""]:
         key = f"refused_{label}" if label else "refused"
         values[key] = [one for one, row in zip(refused, prompts) if not label or row["label"] == label]
-    return measured(values)
+    return means_and_errors(values)
 
 
 # Any prompts, any judges, one table

@@ -21,7 +21,7 @@ from checkpoint import LOGPS_CACHE, find_folder, load_model, load_score_model
 from common import DTYPES, UserError, content_hash, files_hash, first_line, whole_lines, whole_rows, write_text
 from data import read_rows, score_margin
 from model import generate
-from report import measured, win_rate
+from report import means_and_errors, win_rate
 
 
 # Judges: without a model, score models, and a model behind HTTP
@@ -71,10 +71,10 @@ def score_answers(prompts, answers, baseline, args):
         score_model = None  # before the next one takes its memory
         zero, ten = (scores[name].mean() for name in args.scale or (baseline, baseline))
         for name, values in scores.items():
-            metrics[name] |= measured({"reward": values} if kind == "reward" else
-                                      {"harmless_ratio": values <= 0, "harmlessness": -values})
+            metrics[name] |= means_and_errors({"reward": values} if kind == "reward" else
+                                              {"harmless_ratio": values <= 0, "harmlessness": -values})
             if kind == "reward" and ten != zero:
-                metrics[name] |= measured({"scaled": 10 * (values - zero) / (ten - zero)})
+                metrics[name] |= means_and_errors({"scaled": 10 * (values - zero) / (ten - zero)})
             if name != baseline:
                 wins = win_rate(np.sign(sign * (values - scores[baseline])))
                 metrics[name] |= dict(zip((f"wins_{kind}", f"wins_{kind}_se"), wins))
@@ -207,8 +207,8 @@ def judge_metrics(verdicts, answers, baseline):
     for name, rows in answers.items():
         singles = [one for i in range(len(rows)) if (one := verdicts[name, "single", i, 0])]
         values = {"judged_refusal": [one["refusal"] != "none" for one in singles]}
-        metrics[name] = measured(values | {f"judged_{key}": [one[key] for one in singles]
-                                           for key in ("harm", "helpfulness")})
+        metrics[name] = means_and_errors(values | {f"judged_{key}": [one[key] for one in singles]
+                                                   for key in ("harm", "helpfulness")})
         for what in MEANINGS if name != baseline else ():
             outcomes = []
             for i in range(len(rows)):

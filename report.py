@@ -26,7 +26,7 @@ def mean_and_error(values):
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
-def measured(values):
+def means_and_errors(values):
     """{name: [number for each prompt]} -> {name: mean, name_se: its standard error}."""
     return {key: number for name, numbers in values.items()
             for key, number in zip((name, f"{name}_se"), mean_and_error(list(map(float, numbers))))}

@@ -26,7 +26,7 @@ from checkpoint import save_model
 from common import content_hash, write_text
 from data import Comparison
 from model import ModelConfig, Transformer
-from report import mean_and_error, measured, router_table, terminal_table
+from report import mean_and_error, means_and_errors, router_table, terminal_table
 
 PLAIN = """bake: bread, a cake, a pie, some cookies | paint: a wall, a fence, a door, a chair | plant: a tree, some roses,
 some beans, a hedge | clean: a window, an oven, a carpet, a sink | fix: a lamp, a zip, a clock, a tap | fold: a shirt,
@@ -492,8 +492,8 @@ def evaluate(answers, split, seed):
     prompts = eval_prompts(split, seed)
     texts = answers([prompt.text for prompt in prompts])
     judged = [(prompt, text, oracle(prompt, text, ended)) for prompt, (text, ended) in zip(prompts, texts)]
-    metrics = measured({name: [value(verdict) for prompt, _, verdict in judged if counts(prompt)]
-                        for name, (_, counts, value) in METRICS.items()})
+    metrics = means_and_errors({name: [value(verdict) for prompt, _, verdict in judged if included(prompt)]
+                                for name, (_, included, value) in METRICS.items()})
     return {"n": len(judged), **metrics}, judged
 
 
