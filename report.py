@@ -1,7 +1,6 @@
 """Means with their errors, tables, pictures, and diagnostics of routers, gates and mixtures."""
 import itertools
 import math
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -150,45 +149,39 @@ def router_report(model, tokenizer, prompts):
 
 
 @torch.no_grad()
-def expert_margins(forward, model, encoded, beta, batch_size, dtype="float32"):
-    """Δr of every pair under each expert, (N, K), and the gate's log w, (N, K): float32 on the CPU.
-
-    forward: function of model and batch to log-probs of every expert, (K, N, 2), and log w.
-    """
+def expert_margins(model, encoded, beta, batch_size, dtype="float32"):
+    """Δr of every pair under each expert of a mixture, (N, K), and the gate's log w, (N, K): float32 on the CPU."""
     device, margins, log_gates = next(model.parameters()).device, [], []
     for _, batch in batches(encoded, batch_size, device, longest_first=False):
         with precision(dtype, device):
-            logps, log_gate = forward(model, batch)
-        reference = batch.labels["reference"]                           # (N, 2), or (N, 2, K): one for each expert
-        ratios = logps - (reference.permute(2, 0, 1) if reference.dim() == 3 else reference)
-        margins.append(beta * (ratios[..., 0] - ratios[..., 1]).T.cpu())
+            logps, log_gate = mixture_logps(model, batch)                               # (K, N, 2), (N, K)
+        reference = batch.labels["reference"].view(logps.shape[1], 2, -1)               # (N, 2, 1), or one for each: K
+        ratios = logps.permute(1, 2, 0) - reference                                     # (N, 2, K)
+        margins.append(beta * (ratios[:, 0] - ratios[:, 1]).cpu())
         log_gates.append(log_gate.cpu())
     return torch.cat(margins), torch.cat(log_gates)
 
 
-def annotator_type(group):
-    """A group's name without a number at its end: "warmth 017" is an annotator of the type "warmth"."""
-    return re.sub(r" \d+$", "", group)
+def mixture_report(model, encoded, held_out, types, beta, batch_size, dtype="float32"):
+    """Diagnostics of a trained mixture: (report, text for a terminal, with a warning for each way its experts failed to
+    specialise). types: of each annotator in encoded.groups, which training does not read.
 
-
-def mixture_diagnostics(margins, log_gate, group, types):
-    """How the experts of a mixture share the pairs: (report, warnings), a warning for each way of not specialising.
-
-    margins: (N, K) Δr of every pair under each expert; log_gate: (N, K) the gate's log w; group: (N,) each pair's
-    annotator, -1 for none; types: of each annotator, which training does not read. report: "responsibility" of each
-    expert; "recovered": the share of annotators whose responsible expert, by their pairs, is that of their type, under
-    the best assignment of experts to types.
+    report: "responsibility" of each expert; "recovered": the share of annotators whose responsible expert, by their
+    pairs, is that of their type, under the best assignment of experts to types; with held-out pairs (or None),
+    "accuracy": {type: [share of its pairs that each expert orders rightly]}, "held_out": {type: number of its pairs}.
     """
+    margins, log_gate = expert_margins(model, encoded, beta, batch_size, dtype)
+    group = torch.from_numpy(encoded.labels["group"])                                         # (N,), -1: no annotator
     K, count, names, labelled = margins.shape[1], len(types), sorted(set(types)), group >= 0
     evidence = torch.zeros(count, K).index_add(0, group[labelled], F.logsigmoid(margins[labelled]))
     pairs = group[labelled].bincount(minlength=count)[:, None].clamp(min=1)
     prior = torch.zeros(count, K).index_add(0, group[labelled], log_gate[labelled]) / pairs
     responsible = (evidence + prior).argmax(-1).tolist()                                      # of each annotator
-    share = (F.logsigmoid(margins) + log_gate).softmax(-1).mean(0).tolist()
-    report, warnings = {"responsibility": share}, []
-    if max(share) > 0.95:
-        warnings.append(f"the mixture has collapsed: expert {share.index(max(share))} takes {max(share):.0%} of all "
-                        "responsibility")
+    responsibility = (F.logsigmoid(margins) + log_gate).softmax(-1).mean(0).tolist()
+    report, warnings = {"responsibility": responsibility}, []
+    if max(responsibility) > 0.95:
+        warnings.append(f"the mixture has collapsed: expert {responsibility.index(max(responsibility))} takes "
+                        f"{max(responsibility):.0%} of all responsibility")
     agree = float((margins > 0).eq(margins[:, :1] > 0).all(-1).float().mean())
     if agree > 0.95 and K > 1:
         warnings.append(f"the experts agree: they order {agree:.0%} of the pairs in the same way")
@@ -196,21 +189,28 @@ def mixture_diagnostics(margins, log_gate, group, types):
         owners = Counter(zip(types, responsible))                                   # (type, expert): annotators
         report["recovered"] = max(sum(owners[pair] for pair in zip(names, experts))
                                   for experts in itertools.permutations(range(K), len(names))) / count
-    return report, warnings
-
-
-def mixture_report(model, encoded, held_out, beta, batch_size, dtype="float32"):
-    """`mixture_diagnostics` of a trained mixture, and with held-out pairs (or None) "accuracy": {annotator type: [share
-    of its held-out pairs that each expert orders rightly]}. Returns (report, warnings)."""
-    margins, log_gate = expert_margins(mixture_logps, model, encoded, beta, batch_size, dtype)
-    types = [annotator_type(name) for name in encoded.groups]
-    report, warnings = mixture_diagnostics(margins, log_gate, torch.from_numpy(encoded.labels["group"]), types)
     if held_out is not None:
-        right = expert_margins(mixture_logps, model, held_out, beta, batch_size, dtype)[0] > 0
+        right = expert_margins(model, held_out, beta, batch_size, dtype)[0] > 0
         pair_types = np.array([*types, "unknown"])[held_out.labels["group"]]
-        report["accuracy"] = {name: right[torch.from_numpy(pair_types == name)].float().mean(0).tolist()
-                              for name in sorted(set(types)) or ["unknown"] if (pair_types == name).any()}
-    return report, warnings
+        right_of = {name: right[torch.from_numpy(pair_types == name)].float()
+                    for name in sorted({*pair_types.tolist()} & {*(names or ["unknown"])})}
+        report |= {"accuracy": {name: of_type.mean(0).tolist() for name, of_type in right_of.items()},
+                   "held_out": {name: len(of_type) for name, of_type in right_of.items()}}
+    return report, "\n".join([*warnings, mixture_table(report)])
+
+
+def mixture_table(report):
+    """The numbers of `mixture_report` for a terminal, with what they mean."""
+    rows = {"responsibility": report["responsibility"]}
+    for name, accuracy in report.get("accuracy", {}).items():
+        rows[f"accuracy, {name}, n = {report['held_out'][name]}"] = accuracy
+    cells = [[name, *(f"{number:.3f}" for number in numbers)] for name, numbers in rows.items()]
+    lines = [aligned([["expert", *map(str, range(len(cells[0]) - 1))], *cells]),
+             "responsibility: share of the training pairs that the expert accounts for",
+             "accuracy: share of the n held-out pairs of an annotator type that the expert by itself orders rightly"]
+    if "recovered" in report:
+        lines.append(f"recovered, {report['recovered']:.3f}: share of annotators whose expert is that of their type")
+    return "\n".join(lines)
 
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's colours

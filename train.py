@@ -23,7 +23,7 @@ import toy
 from batch import batches, encode_pairs, epoch_order, pack, precision, show_pair, split_step
 from chat import TEMPLATES, Tokenizer
 from checkpoint import (adapter_warnings, cached_logps, find_folder, load_model, load_start, load_trained, read_config,
-                        save_trained, shard)
+                        save_model, save_trained, shard)
 from common import (DTYPES, UserError, as_command, atomic_folder, content_hash, files_hash, is_part, stop_signals,
                     whole, write_text)
 from data import VIEWS, apply_view, flip_labels, load_sources, require
@@ -33,7 +33,6 @@ from lora_moe import (count_experts, disable_experts, is_mixture, is_router, per
                       use_expert)
 from methods import FREE, METHODS, parse_flags, resolve
 from model import ScoreModel, compile_once
-from report import annotator_type
 from runs import (ALONE, Processes, RunLog, add_up, close_run, load_checkpoint, one_line_if_lost, open_run,
                   read_settings, save_checkpoint)
 
@@ -53,7 +52,8 @@ def toy_base(seed, device):
                 config = resolve({**TOY_BASE, "seed": seed, "device": device})
                 model, demonstrations = toy.make_base(made, seed)
                 train(model.to(device), demonstrations, None, config, made)
-                toy.save_base(model, made, seed, TOY_BASE)
+                save_model(model, made)  # in its place, with the tokenizer's files
+                write_text(made / "recipe.txt", toy.recipe(made, seed, TOY_BASE))
     return folder
 
 
@@ -233,7 +233,7 @@ def training_order(encoded, config):
     """`epoch_order` with the shares of --groups, and with an annotator's pairs together where they share a latent."""
     group, annotator = encoded.labels.get("group"), encoded.labels.get("annotator")
     if config.annotators and config.shares:  # the shares are those of annotator types, the groups are annotators
-        group = np.array([config.preferences.index(annotator_type(name)) for name in encoded.groups])[group]
+        group = np.array([config.preferences.index(name) for name in toy.annotator_types(encoded.groups)])[group]
     return epoch_order(len(encoded), config.epochs, config.seed, group, config.shares, annotator)
 
 
@@ -419,9 +419,10 @@ def finish(model, tokenizer, encoded, held_out, config, base, work, processes=AL
     save_trained(model, work, config.template, tokenizer.chat_template if config.template in TEMPLATES else None,
                  processes.rank == 0)
     if method.report:
-        report, warnings = method.report(model, encoded, held_out, config.beta, 4 * config.batch_size, config.dtype)
+        types = toy.annotator_types(encoded.groups) if config.annotators else encoded.groups
+        report, text = method.report(model, encoded, held_out, types, config.beta, 4 * config.batch_size, config.dtype)
         processes.once(lambda: write_text(work / "experts.json", json.dumps(report, indent=2) + "\n"))
-        print(*warnings, *(f"{name}: {value}" for name, value in report.items()), sep="\n")
+        print(text)
     if config.model == "toy" and not isinstance(model, ScoreModel):
         processes.once(lambda: show_answers(model, tokenizer, config, base, work))
     processes.once(lambda: close_run(Path(config.out), work))

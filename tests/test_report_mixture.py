@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import checkpoint
-import eval as eval_file
 import report as report_file
+import toy
 import train
 from batch import Encoded
 from checkpoint import load_model, save_model
-from conftest import BASE, load_run, log_softmax, pair_logps, preference_pairs, run
-from lora_moe import expert_layers, mixture_logps
+from common import read_json
+from conftest import BASE, grouped_file, load_run, log_softmax, pair_logps, preference_pairs, run
+from lora_moe import expert_layers
 from report import expert_margins
 
 ANNOTATORS = tuple(f"{taste} {number:03}" for number in range(3) for taste in ("curtness", "warmth"))
@@ -30,14 +31,17 @@ def planted(group):
 
 @pytest.fixture
 def report_of(monkeypatch):
-    """report_of(margins, log_gate, (groups, margins) of held-out pairs) -> what mixture_report makes of them."""
-    def report_of(margins, log_gate, held_out=None):
+    """report_of(margins, log_gate, (groups, margins) of held-out pairs) -> mixture_report's numbers and warnings."""
+    def report_of(margins, log_gate, held_out=None, types=toy.annotator_types(ANNOTATORS)):
         encoded = planted([u for u in range(len(ANNOTATORS)) for _ in range(len(margins) // len(ANNOTATORS))])
         other = held_out and planted(held_out[0])
         parts = {id(encoded): (torch.tensor(margins), torch.tensor(log_gate).expand(len(margins), -1)),
                  id(other): (held_out and torch.tensor(held_out[1]), None)}
-        monkeypatch.setattr(eval_file, "expert_margins", lambda forward, model, part, *settings: parts[id(part)])
-        return report_file.mixture_report(None, encoded, other, beta=0.3, batch_size=4)
+        monkeypatch.setattr(report_file, "expert_margins", lambda model, part, *settings: parts[id(part)])
+        report, text = report_file.mixture_report(None, encoded, other, types, beta=0.3, batch_size=4)
+        table = report_file.mixture_table(report)
+        assert text.endswith(table)
+        return report, text.removesuffix(table).splitlines()
     return report_of
 
 
@@ -46,6 +50,7 @@ def test_experts_that_serve_one_annotator_type_each_are_seen_as_such(report_of):
     report, warnings = report_of(APART, EVEN, held_out)
     assert report["recovered"] == 1.0 and warnings == []
     assert report["accuracy"] == {"curtness": pytest.approx([1 / 2, 1]), "warmth": pytest.approx([2 / 3, 0])}
+    assert report["held_out"] == {"curtness": 2, "warmth": 3}, "the last one is of no known annotator"
     warm = 1 / (1 + math.exp(-2)) / (1 / (1 + math.exp(-2)) + 1 / (1 + math.exp(1)))
     curt = 1 / (1 + math.exp(3)) / (1 / (1 + math.exp(3)) + 1 / (1 + math.exp(-1)))
     assert report["responsibility"] == pytest.approx([(warm + curt) / 2, 1 - (warm + curt) / 2], rel=1e-5)
@@ -91,6 +96,34 @@ def test_a_collapsed_mixture_and_experts_that_agree_are_told_in_words(report_of)
     assert report_of(apart, EVEN)[1] == []
 
 
+def test_groups_that_are_no_simulated_annotators_are_types_of_their_own(report_of):
+    """Six users whose names end in a number, as those of toy's annotators do."""
+    held_out = [1, 0, 3], [[1.0, -1.0], [-1.0, 2.0], [0.5, -1.0]]
+    report, _ = report_of(APART, EVEN, held_out, types=ANNOTATORS)
+    assert set(report["accuracy"]) == {"curtness 000", "warmth 000", "warmth 001"} and "recovered" not in report
+
+
+def test_users_of_a_file_keep_their_names(quick, capsys):
+    """The numbers of simulated annotators are taken off, those of "rater 12" and "rater 7" are part of their names."""
+    grouped_file("pairs.jsonl", ("rater 12", "rater 7"), 36)
+    out = run("run", *FLAGS[:2], "--max_steps", 1, "--data", "pairs.jsonl", "--held_out", 0.3, "--method", "moe-dpo")
+    report = read_json(out / "experts.json")
+    assert {*report["accuracy"]} == {*report["held_out"]} == {"rater 12", "rater 7"}
+    assert f"accuracy, rater 12, n = {report['held_out']['rater 12']} " in capsys.readouterr().out
+
+
+def test_the_table_of_a_mixture_is_rounded_says_n_and_what_its_numbers_mean():
+    report = {"responsibility": [1 / 3, 2 / 3], "recovered": 0.98765, "accuracy": {"warmth": [5 / 6, 0.0]},
+              "held_out": {"warmth": 6}}
+    lines = report_file.mixture_table(report).splitlines()
+    assert [line.split() for line in lines[:3]] == [["expert", "0", "1"], ["responsibility", "0.333", "0.667"],
+                                                    ["accuracy,", "warmth,", "n", "=", "6", "0.833", "0.000"]]
+    legend = "\n".join(lines[3:])
+    assert all(f"{name}: share of " in legend for name in ("responsibility", "accuracy", "recovered, 0.988"))
+    assert max(map(len, lines)) <= 120
+    assert "recovered" not in report_file.mixture_table({"responsibility": [1.0]})
+
+
 FLAGS = ("--lora_rank", 4, "--annotators", 6, "--max_steps", 3, "--log_every", 1, "--batch_size", 6)
 
 
@@ -110,7 +143,7 @@ def test_margins_of_a_model_are_those_of_single_sequences(quick):
     config, _, tokenizer = load_run(*FLAGS, "--method", "moe-dpo", groups=ANNOTATORS)
     encoded, _ = train.load_data(config, tokenizer)
     encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
-    margins, log_gate = expert_margins(mixture_logps, model, encoded, config.beta, 4 * config.batch_size)
+    margins, log_gate = expert_margins(model, encoded, config.beta, 4 * config.batch_size)
     assert margins.shape == log_gate.shape == (60, 2)
     for k in (0, 1):
         save_merged(model, k, f"expert{k}")
@@ -133,7 +166,7 @@ def test_margins_with_a_reference_for_each_expert_use_its_own(quick):
     config, model, tokenizer = load_run(*FLAGS, "--method", "mix-dpo", "--references", ",".join(folders))
     encoded, _ = train.load_data(config, tokenizer)
     encoded.labels["reference"] = train.reference_logps(model, encoded, config).numpy()
-    margins, _ = expert_margins(mixture_logps, model, encoded, config.beta, 4 * config.batch_size)
+    margins, _ = expert_margins(model, encoded, config.beta, 4 * config.batch_size)
     pair = preference_pairs(["warmth", "curtness"], annotators=6)[5]
     base = pair_logps(BASE, pair)
     for k, folder in enumerate(folders):
