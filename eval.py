@@ -311,7 +311,8 @@ def evaluate_answers(runs, args):
     longer = [f"warning: {run} answers in {times:.1f} times as many tokens as its start; judges may like length"
               for run, times in growth.items() if times > 1.5]
     print(terminal_table(rows, columns, starts), "↑ ↓: more than two standard errors away from the start", *about,
-          *longer, *map(router_table, routers.values()), f"written to {out}.md and {out}.json", sep="\n")
+          *longer, *(router_table(routers[run], config) for run, config in zip(runs, configs) if run in routers),
+          f"written to {out}.md and {out}.json", sep="\n")
     better = {key: COLUMNS[key][1] for key in shown if COLUMNS[key][1]}
     table = markdown_table(rows, {key: heading.replace("/", " ") for key, heading in columns.items()}, better)
     write_text(Path(f"{out}.md"), "\n".join([table, "", *(f"- {line}" for line in about), ""]))
@@ -360,7 +361,7 @@ class Settings(SharedFlags):
 
 def evaluate_runs(runs, args):
     """Evaluate finished toy runs, each beside the base that it started from, and print one table."""
-    reports, gates = {}, {}
+    reports, configs, gates = {}, {}, {}
     for run in runs:
         policy, tokenizer, config = load_policy(run, args.dtype, args.device)
         if config["model"] != "toy":
@@ -370,10 +371,11 @@ def evaluate_runs(runs, args):
         start = load_start(config, args.dtype, args.device)
         report, _ = evaluate_run(policy, start, tokenizer, run, args.split, config["seed"], args.temperature,
                                  args.static, toy.preferences_of(config["data"], config["groups"]))
-        reports[f"{run} at {args.static}" if args.static else run] = report
+        name = f"{run} at {args.static}" if args.static else run
+        reports[name], configs[name] = report, config
         if policy.gate is not None and policy.gate.kind == "user":
             gates[run] = gate_report(policy)
-    print(toy.closing_tables(reports))
+    print(toy.closing_tables(reports, configs))
     if args.plot:
         shown = dict(zip(runs, reports.values()))
         rows = {"base": shown[runs[0]]["base"]} | {run: report["policy"] for run, report in shown.items()}

@@ -1,6 +1,7 @@
 """Means with their errors, tables, pictures, and diagnostics of routers, gates and mixtures."""
 import itertools
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,21 @@ from common import UserError, read_json, whole_rows
 from lora_moe import expert_layers, mixture_logps, router_weights
 
 
-# Means with their errors, tables and pictures of them
+WIDTH = 120  # characters of a terminal's line
+# Okabe and Ito's colours, then Tol's; with the markers no two of 70 styles look alike
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+           "#882255", "#999933", "#332288", "#44AA99", "#AA4499", "#117733", "#888888")
+STYLES = [{"color": PALETTE[i % 14], "marker": "os^Dv"[i % 5], "markersize": 6} for i in range(70)]
+BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8}  # where a legend stands: to the right
+FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "reward": "harmlessness",
+             "judged_helpfulness": "judged_harm"}  # the metrics of helpfulness and harmlessness that a picture may show
+# Settings by which runs are not named: folders, and what changes no weights
+UNNAMED = {"out", "base", "inputs", "finished", "resume", "device", "batch_size", "grad_accum", "batch_tokens",
+           "compile", "fsdp", "checkpointing", "save_every", "log_every", "eval_every", "wandb", "eval_split",
+           "temperature"}
+
+
+# Means with their errors, and tables of them
 
 
 def mean_and_error(values):
@@ -33,7 +48,7 @@ def means_and_errors(values):
 
 def win_rate(outcomes, seed=0):
     """wins / (wins + losses) of outcomes 1, 0 (a tie) and -1, and its standard error by bootstrap; nan if all tie."""
-    outcomes = np.array([one for one in outcomes if one is not None], dtype=int)
+    outcomes = np.array([outcome for outcome in outcomes if outcome is not None], dtype=int)
     if not outcomes.any():
         return math.nan, math.nan
     draws = np.random.default_rng(seed).choice(outcomes, (1000, len(outcomes)))
@@ -45,19 +60,15 @@ def win_rate(outcomes, seed=0):
 def markdown_table(rows, columns, better=()):
     """Markdown table of {row name: metrics}: mean ± standard error, an empty cell for nan. columns: {key: heading};
     better: {key: 1 or -1}, columns whose best cell is bold if no other lies within its and its own standard error."""
-    lines = ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
-    best = {}
-    for key in better:
-        order = sorted((-better[key] * row[key], name) for name, row in rows.items() if not math.isnan(row[key]))[:2]
-        errors = [rows[name][f"{key}_se"] for _, name in order]
-        if len(order) == 2 and order[1][0] - order[0][0] > sum(errors):
-            best[key] = order[0][1]
-    for name, metrics in rows.items():
-        cells = ("" if math.isnan(metrics[key]) else f"{metrics[key]:.3f} ± {metrics[f'{key}_se']:.3f}"
-                 for key in columns)
-        lines.append(f"| {name} | " + " | ".join(f"**{cell}**" if best.get(key) == name else cell
-                                                 for key, cell in zip(columns, cells)) + " |")
-    return "\n".join(lines)
+    def cell(row, key):
+        text = "" if math.isnan(row[key]) else f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}"
+        gaps = [better[key] * (row[key] - other[key]) - row[f"{key}_se"] - other[f"{key}_se"] for other in rows.values()
+                if other is not row and not math.isnan(other[key])] if key in better else []
+        return f"**{text}**" if gaps and min(gaps) > 0 else text
+
+    lines = ["| |" + "".join(f" {heading} |" for heading in columns.values()), "|---|" + "---|" * len(columns)]
+    return "\n".join([*lines, *(f"| {name} | " + " | ".join(cell(row, key) for key in columns) + " |"
+                                for name, row in rows.items())])
 
 
 def terminal_table(rows, columns, starts=()):
@@ -65,20 +76,18 @@ def terminal_table(rows, columns, starts=()):
     two standard errors of the difference from that of the row's start. columns: {key: heading}, "/" breaks a heading;
     starts: {row name: name of its start}, where that is not the first row."""
     starts = {name: next(iter(rows)) for name in rows} | dict(starts)
-    cells = [["", *(heading.rpartition("/")[0] for heading in columns.values())],
-             ["", *(heading.rpartition("/")[2] for heading in columns.values())]]
-    for name, metrics in rows.items():
+    headings = [heading.split("/") for heading in columns.values()]
+    depth = max(map(len, headings))
+    cells = [["", *line] for line in zip(*([""] * (depth - len(lines)) + lines for lines in headings))]
+    for name, row in rows.items():
         cells.append([name])
-        first = rows[starts[name]]
+        start = rows[starts[name]]
         for key in columns:
-            change, error = metrics[key] - first[key], math.hypot(metrics[f"{key}_se"], first[f"{key}_se"])
+            change, error = row[key] - start[key], math.hypot(row[f"{key}_se"], start[f"{key}_se"])
             mark = " " if not abs(change) > 2 * error else "↑" if change > 0 else "↓"
-            text = f"{metrics[key]:.3f}±" + f"{metrics[f'{key}_se']:.3f}".removeprefix("0") + mark
-            cells[-1].append("" if math.isnan(metrics[key]) else text)
+            text = f"{row[key]:.3f}±" + f"{row[f'{key}_se']:.3f}".removeprefix("0") + mark
+            cells[-1].append("" if math.isnan(row[key]) else text)
     return aligned(cells)
-
-
-WIDTH = 120  # characters of a terminal's line
 
 
 def aligned(cells):
@@ -92,23 +101,34 @@ def aligned(cells):
             used = widths[0]
         blocks[-1].append(i)
         used += 1 + width
-    return "\n\n".join("\n".join(" ".join((row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in block))).rstrip()
-                                 for row in cells) for block in blocks)
+    return "\n\n".join("\n".join(
+        " ".join((row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in block))).rstrip()
+        for row in cells if row[0] or any(row[i] for i in block)) for block in blocks)
 
 
-def router_table(report):
+def kinds_and_experts(report, config):
+    """(kinds of prompts, names of the slots) of a `router_report`, by the settings of its run: MidPO has an expert for
+    safety and one for helpfulness, PMoL's last slot is the empty expert; others are numbered."""
+    kinds = [kind for kind in next(iter(report.values())) if kind != "entropy"]
+    experts = [str(k) for k in range(len(next(iter(report.values()))[kinds[0]]["median"]))]
+    if config["method"] == "pmol" and not config["no_empty_expert"]:
+        experts[-1] = "empty"
+    return kinds, ["safety", "helpfulness"] if config["method"] == "midpo" else experts
+
+
+def router_table(report, config):
     """The medians of `router_report` for a terminal: the weight of each expert by layer and kind of prompt."""
-    kinds = next(iter(report.values()))
-    cells = [["router weights", *kinds],
-             ["of expert", *("" if kind == "entropy" else " ".join(f"{k:<5}" for k in range(len(at["median"])))
-                             for kind, at in kinds.items())]]
-    for layer, kinds in report.items():
-        cells.append([layer, *(" ".join(f"{weight:.3f}" for weight in ([at] if kind == "entropy" else at["median"]))
-                               for kind, at in kinds.items())])
+    kinds, experts = kinds_and_experts(report, config)
+    widths = [max(5, len(expert)) for expert in experts]
+    cells = [["router weights", *kinds, "entropy"],
+             ["of expert", *[" ".join(map(str.rjust, experts, widths))] * len(kinds), ""]]
+    for layer, at in report.items():
+        cells.append([layer, *(" ".join(f"{weight:{width}.3f}" for weight, width in zip(at[kind]["median"], widths))
+                               for kind in kinds), f"{at['entropy']:.3f}"])
     return aligned(cells)
 
 
-# Reports of routers and of a mixture's experts
+# What routers and the experts of a mixture have learned
 
 
 @torch.no_grad()
@@ -117,35 +137,32 @@ def prompt_weights(model, tokenizer, prompts, answers, batch_size=64):
     answer: two tensors (L, N, slots), float32 on the CPU."""
     rendered = [tokenizer.render(prompt) for prompt in prompts]
     encoded = encode(tokenizer, rendered, [(text,) for text in answers], longest(model))
-    parts = []
+    at_prompt, over_answer = [], []
     for _, batch in batches(encoded, batch_size, next(model.parameters()).device, longest_first=False):
         model(batch.tokens, batch.positions, batch.mask())
         weights = router_weights(model, batch.predictor).float()                        # (L, M, slots)
-        counts = batch.owner.bincount()                                                 # tokens of each answer, EOS too
-        sums = weights.new_zeros(len(weights), len(counts), weights.shape[-1]).index_add(1, batch.owner, weights)
-        parts.append((weights[:, counts.cumsum(0) - counts].cpu(), (sums / counts[:, None]).cpu()))
-    return (torch.cat(part, dim=1) for part in zip(*parts))
+        lengths = batch.owner.bincount()                                                # tokens of each answer, EOS too
+        sums = weights.new_zeros(len(weights), len(lengths), weights.shape[-1]).index_add(1, batch.owner, weights)
+        at_prompt.append(weights[:, lengths.cumsum(0) - lengths].cpu())
+        over_answer.append((sums / lengths[:, None]).cpu())
+    return torch.cat(at_prompt, dim=1), torch.cat(over_answer, dim=1)
 
 
 def router_report(model, tokenizer, prompts):
     """{layer: {kind: {"median", "q10", "q90": of each slot's weight at the last prompt token, "answer": its median over
     answers of the mean over an answer's tokens}, …, "entropy": mean of the weights' entropy at the last prompt token}}.
 
-    prompts: {kind: [(prompt, answer)]}, such as harmful and safe ones (MidPO's Figure 5), or those of each preference
-    (PMoL); the last slot of PMoL's routers is the empty expert.
+    prompts: {kind: [(prompt, answer)]}, such as harmful and safe ones (MidPO's Figure 5), or those of each preference.
     """
-    weights = {kind: [*prompt_weights(model, tokenizer, *zip(*of_kind))] for kind, of_kind in prompts.items()}
+    weights = {kind: prompt_weights(model, tokenizer, *zip(*of_kind)) for kind, of_kind in prompts.items()}
     report = {}
     for i, (name, _) in enumerate(expert_layers(model)):
-        report[name] = {kind: {key: part[i].quantile(share, dim=0).tolist() for key, part, share in (
-            ("median", last, 0.5), ("q10", last, 0.1), ("q90", last, 0.9), ("answer", mean, 0.5))}
-            for kind, (last, mean) in weights.items()}
-        together = torch.cat([last[i] for last, _ in weights.values()])                 # (all N, slots)
+        report[name] = {kind: {key: values[i].quantile(level, dim=0).tolist() for key, values, level in (
+            ("median", at_prompt, 0.5), ("q10", at_prompt, 0.1), ("q90", at_prompt, 0.9), ("answer", over_answer, 0.5))}
+            for kind, (at_prompt, over_answer) in weights.items()}
+        together = torch.cat([at_prompt[i] for at_prompt, _ in weights.values()])       # (all N, slots)
         report[name]["entropy"] = float(torch.special.entr(together / together.sum(-1, keepdim=True)).sum(-1).mean())
     return report
-
-
-# Diagnostics of mixtures and gates, and warnings about a run
 
 
 @torch.no_grad()
@@ -213,9 +230,21 @@ def mixture_table(report):
     return "\n".join(lines)
 
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's colours
-FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "reward": "harmlessness",
-             "judged_helpfulness": "judged_harm"}
+# Pictures
+
+
+def run_names(configs):
+    """{run: config.json} -> {run: what sets it apart}: its method, if there are several, and the settings in which runs
+    of its method differ, but for those that change no weights and for folders of its prerequisites; or its folder."""
+    names = {}
+    for run, config in configs.items():
+        peers = [other for other in configs.values() if other["method"] == config["method"]]
+        differ = {"Δ" if key == "delta" else key: value for key, value in config.items() if key not in UNNAMED
+                  and f"{config['out']}/" not in str(value) and any(other.get(key) != value for other in peers)}
+        names[run] = ", ".join([config["method"]] * (len(peers) < len(configs) or not differ) + [
+            f"{key} = " + (f"{value:g}" if isinstance(value, float) else re.sub("[]['\"]", "", str(value)) or "none")
+            for key, value in differ.items()])
+    return {run: name if [*names.values()].count(name) == 1 else run for run, name in names.items()}
 
 
 def load_pyplot():
@@ -229,55 +258,58 @@ def load_pyplot():
 def plot(rows, headings, routers, gates, runs, out):
     """Pictures in out-….png and .svg: helpfulness against harmlessness of {row: metrics}, runs of a method and
     view joined in their order; the weights of {run: `router_report`} by layer, with 10 to 90 % of the prompts; those of
-    {run: `gate_report`} by user; training curves."""
-    pyplot = load_pyplot()
-
-    def save(figure, name):
+    {run: `gate_report`} by user; training curves, a row of panels for each method, as their losses do not compare."""
+    pyplot, figures = load_pyplot(), {}
+    configs = {run: read_json(Path(run) / "config.json") for run in runs}
+    names = {row: row for row in rows} | run_names(configs)
+    names |= {f"start of {run}": f"start of {names[run]}" for run in runs}
+    styles = dict(zip(rows, STYLES))
+    for x, y in [pair for pair in FRONTIERS.items() if all(
+            math.isfinite(row.get(key, math.nan)) for key in pair for row in rows.values())][:1]:
+        figures["frontier"], axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+        heights = sorted(row[y] for row in rows.values())
+        level, gap = math.inf, 0.045 * (heights[-1] - heights[0]) or 0.01
+        for below, (name, row) in zip(reversed(range(len(rows))), sorted(rows.items(), key=lambda item: -item[1][y])):
+            axes.errorbar(row[x], row[y], row[f"{y}_se"], row[f"{x}_se"], capsize=3, mfc="none", **styles[name])
+            level, color = max(min(level - gap, row[y]), heights[0] + below * gap), styles[name]["color"]
+            axes.annotate(names[name], (row[x], row[y]), (1.03, level), textcoords=("axes fraction", "data"),
+                          va="center", color=color,
+                          arrowprops={"arrowstyle": "-", "color": color, "lw": 0.5, "relpos": (0, 0.5)})
+        for _, sweep in itertools.groupby(runs, lambda run: [configs[run][key] for key in ("method", "view")]):
+            axes.plot(*zip(*((rows[run][x], rows[run][y]) for run in sweep)), color="#cccccc", zorder=0)
+        axes.set(xlabel=headings[x].replace("/", " "), ylabel=headings[y].replace("/", " "),
+                 title=f"better: {'down' if y == 'judged_harm' else 'up'} and to the right")
+    for run, report in routers.items():
+        kinds, experts = kinds_and_experts(report, configs[run])
+        figures[f"routers-{Path(run).name}"], panels = pyplot.subplots(
+            1, len(experts), figsize=(2 + 2.7 * len(experts), 3), squeeze=False, layout="constrained")
+        for (k, expert), axes in zip(enumerate(experts), panels[0]):
+            for kind, style in zip(kinds, STYLES):
+                median, low, high = ([layer[kind][key][k] for layer in report.values()]
+                                     for key in ("median", "q10", "q90"))
+                axes.plot(median, label=f"{kind} prompts", **style)
+                axes.fill_between(range(len(median)), low, high, color=style["color"], alpha=0.2)
+            axes.set(title=f"expert: {expert}", xlabel="wrapped layer", ylabel="router weight", ylim=(-0.05, 1.05))
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(**BESIDE)
+    for run, gate in gates.items():
+        users = sorted(gate["users"].items())
+        figures[f"gate-{Path(run).name}"], axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
+        for (k, expert), style in zip(enumerate(gate["experts"]), STYLES):
+            axes.plot([weights[k] for _, weights in users], linestyle="", label=expert, **style)
+        axes.set(title=names[run], xlabel=f"users, from {users[0][0]} to {users[-1][0]}", ylabel="gate weight")
+        axes.legend(**BESIDE)
+    methods = [*dict.fromkeys(config["method"] for config in configs.values())]
+    figures["training"], panels = pyplot.subplots(len(methods), 3, figsize=(11, 0.5 + 2.5 * len(methods)),
+                                                  squeeze=False, layout="constrained")
+    for method, of_method in zip(methods, panels):
+        for key, axes in zip(("loss", "rewards/accuracies", "rewards/margins"), of_method):
+            for run in [run for run in runs if configs[run]["method"] == method]:
+                logged = [(row["step"], row[key]) for row in whole_rows(Path(run) / "metrics.jsonl") if key in row]
+                axes.plot(*zip(*logged), markevery=0.2, label=names[run], **styles[run])
+            axes.set(title=f"{method}: {key}", xlabel="optimiser step")
+        axes.legend(*of_method[0].get_legend_handles_labels(), **BESIDE)  # the loss is in every log
+    for name, figure in figures.items():
         for kind in ("png", "svg"):
             figure.savefig(f"{out}-{name}.{kind}", dpi=150)
         print(f"{out}-{name}.png")
-
-    for x, y in [(x, y) for x, y in FRONTIERS.items() if all(
-            math.isfinite(row.get(key, math.nan)) for key in (x, y) for row in rows.values())][:1]:
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for i, (name, row) in enumerate(rows.items()):
-            axes.errorbar(row[x], row[y], row[f"{y}_se"], row[f"{x}_se"], "os^Dv"[i % 5], color=PALETTE[i % 7],
-                          capsize=3, label=name)
-        for _, sweep in itertools.groupby(runs, lambda run: [read_json(Path(run) / "config.json")[key]
-                                                             for key in ("method", "view")]):
-            axes.plot(*zip(*((rows[run][x], rows[run][y]) for run in sweep)), color="#999999", zorder=0)
-        axes.set(xlabel=headings[x].replace("/", ", "), ylabel=headings[y].replace("/", ", "))
-        axes.legend(fontsize=8)
-        save(figure, "frontier")
-    for run, report in routers.items():
-        kinds = [kind for kind in next(iter(report.values())) if kind != "entropy"]
-        slots = len(next(iter(report.values()))[kinds[0]]["median"])
-        figure, panels = pyplot.subplots(1, slots, figsize=(1 + 2.5 * slots, 3), sharey=True, squeeze=False,
-                                         layout="constrained")
-        for k, axes in enumerate(panels[0]):
-            for i, kind in enumerate(kinds):
-                median, low, high = ([layer[kind][key][k] for layer in report.values()]
-                                     for key in ("median", "q10", "q90"))
-                axes.plot(median, f"-{'os^Dv'[i % 5]}", color=PALETTE[i % 7], label=kind)
-                axes.fill_between(range(len(median)), low, high, color=PALETTE[i % 7], alpha=0.2)
-            axes.set(title=f"expert {k}", xlabel="wrapped layer", ylim=(-0.05, 1.05))
-            axes.set_ylabel("" if k else "router weight")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-        panels[0][-1].legend(fontsize=8)
-        save(figure, f"routers-{Path(run).name}")
-    for run, gate in gates.items():
-        users = sorted(gate["users"].items())
-        figure, axes = pyplot.subplots(figsize=(6, 3), layout="constrained")
-        for k, name in enumerate(gate["experts"]):
-            axes.plot([weights[k] for _, weights in users], "os^Dv"[k % 5], color=PALETTE[k % 7], label=name)
-        axes.set(xlabel=f"users, from {users[0][0]} to {users[-1][0]}", ylabel="gate weight")
-        axes.legend(fontsize=8)
-        save(figure, f"gate-{Path(run).name}")
-    figure, panels = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained")
-    for axes, key in zip(panels, ("loss", "rewards/accuracies", "rewards/margins")):
-        for i, run in enumerate(runs):
-            logged = whole_rows(Path(run) / "metrics.jsonl")
-            axes.plot(*zip(*((row["step"], row[key]) for row in logged if key in row)), color=PALETTE[i % 7], label=run)
-        axes.set(xlabel="optimiser step", ylabel=key)
-    panels[0].legend(fontsize=8)
-    save(figure, "training")

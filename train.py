@@ -435,7 +435,7 @@ def show_answers(model, tokenizer, config, base, work):
     start = load_start({**asdict(config), "base": base}, device=config.device)
     report, samples = evaluate_run(model, start, tokenizer, work, config.eval_split, config.seed, config.temperature,
                                    preferences=config.preferences if config.on_toy else ())
-    print("", samples, toy.closing_tables({config.method: report}), sep="\n\n")
+    print("", samples, toy.closing_tables({config.method: report}, {config.method: asdict(config)}), sep="\n\n")
 
 
 def is_finished(config, processes):

@@ -309,7 +309,7 @@ def columns_of(study, lines):
                    if not key.endswith("_se") and not key.startswith("degenerate")}
         columns |= {"recovered": "types recovered"} if study == "moe" else {}  # of three rewards there are none
         return columns | {"own": "own pairs right", "degenerate": "degenerate"}
-    columns = {key: toy.COLUMNS[key].replace("/", ", ") for key in (
+    columns = {key: toy.COLUMNS[key].replace("/", " ") for key in (
         "helpfulness_safe", "harmless_ratio", "harmless_ratio_unseen", "over_refusal", "over_refusal_alarming",
         "degenerate")}
     if study == "spe":

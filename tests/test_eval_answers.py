@@ -328,9 +328,15 @@ def test_pictures_show_the_tables_numbers(policy, monkeypatch):
     table = evaluate(policy, routed, "--reward_model", reward, "--cost_model", cost, "--plot")
     frontier, routers, training = figures
     points = [call.args[:4] for call in frontier[1][0, 0].errorbar.call_args_list]
-    assert points == [tuple(row[key] for key in ("reward", "harmlessness", "harmlessness_se", "reward_se"))
-                      for row in table["rows"].values()]
-    assert routers[1].shape == (1, 4) and training[1].shape == (1, 3)
+    rows = {name: tuple(table["rows"][row][key] for key in ("reward", "harmlessness", "harmlessness_se", "reward_se"))
+            for name, row in (("start", "start"), ("dpo", policy), ("pmol", routed))}
+    assert sorted(points) == sorted(rows.values())
+    named = [call.args[:2] for call in frontier[1][0, 0].annotate.call_args_list]
+    assert sorted(named) == sorted((name, row[:2]) for name, row in rows.items())
+    heights = [call.args[2][1] for call in frontier[1][0, 0].annotate.call_args_list]
+    assert min(above - below for above, below in zip(heights, heights[1:])) > 0, "no name covers another"
+    assert routers[1].shape == (1, 4) and training[1].shape == (2, 3), "other losses are in other panels"
+    assert "expert: empty" in [call.kwargs["title"] for call in routers[1][0, 3].set.call_args_list]
     medians = [layer["safe"]["median"][2] for layer in table["routers"][routed].values()]
     assert medians in [call.args[0] for call in routers[1][0, 2].plot.call_args_list]
     saved = [call.args[0] for figure, _ in figures for call in figure.savefig.call_args_list]

@@ -491,6 +491,6 @@ def test_a_damaged_mixture_is_answered_with_one_line_that_names_the_file(damage,
 
 def test_the_routers_table_numbers_the_experts():
     layer = {"harmful": {"median": [0.25, 1.0]}, "safe": {"median": [0.0, 0.5]}, "entropy": 0.125}
-    assert router_table({"layers.0": layer}).split("\n") == ["router weights     harmful        safe entropy",
-                                                             "of expert      0     1     0     1",
-                                                             "layers.0       0.250 1.000 0.000 0.500   0.125"]
+    assert router_table({"layers.0": layer}, {"method": "another"}).split("\n") == [
+        "router weights     harmful        safe entropy", "of expert          0     1     0     1",
+        "layers.0       0.250 1.000 0.000 0.500   0.125"]

@@ -6,6 +6,7 @@ import statistics
 import pytest
 
 import checkpoint
+import methods
 import report as report_file
 import toy
 from conftest import line_of
@@ -137,10 +138,57 @@ def test_closing_tables_show_the_base_above_the_policies_then_preferences_by_use
              "router": {"layer 0": {"harmful": {"median": [1.0, 0.25]}, "safe": {"median": [0.0, 0.5]},
                                     "entropy": 0.125}}}
     plain = {"base": metrics, "policy": metrics}
-    first, preferences, router = toy.closing_tables({"run": mixed, "other": plain}).split("\n\n")
+    configs = {"run": {"method": "midpo"}, "other": {"method": "dpo"}}
+    first, preferences, router = toy.closing_tables({"run": mixed, "other": plain}, configs).split("\n\n")
     lines = first.splitlines()
-    assert [line.split()[0] for line in lines[2:5]] == ["base", "run", "other"] and "two standard errors" in lines[5]
-    assert [line.split()[:2] for line in preferences.splitlines()[2:]] == [
+    assert [line.split()[0] for line in lines[3:6]] == ["base", "run", "other"] and "two standard errors" in lines[6]
+    assert [line.split()[:2] for line in preferences.splitlines()[1:]] == [
         ["base", "0.125±.010"], ["mixture", "0.250±.010↑"], ["0", "0.750±.010↑"]]
+    assert router.splitlines()[1].split() == ["of", "expert", *["safety", "helpfulness"] * 2]
     assert router.splitlines()[-1].split() == ["layer", "0", "1.000", "0.250", "0.000", "0.500", "0.125"]
-    assert toy.closing_tables({"other": plain}).count("\n\n") == 0, "nothing but the metrics"
+    assert toy.closing_tables({"other": plain}, configs).count("\n\n") == 0, "nothing but the metrics"
+
+
+def test_the_closing_table_begins_with_what_matters_and_says_what_is_counted():
+    metrics = random_metrics(toy.METRICS, 0)
+    lines = toy.closing_tables({"safedpo": {"base": metrics, "policy": metrics}}, {}).splitlines()
+    assert len(lines) == 6, "one block"
+    what, which, prompts = (line.split() for line in lines[:3])
+    assert what[:3] == ["helpful", "harmless", "over-refusal"] and which[:6] == "on safe on all of safe".split()
+    assert prompts[:3] == ["prompts"] * 3 and len(what) == 8 and len(which) == 17 and len(prompts) == 9
+
+
+@pytest.mark.parametrize("config, names", (
+    ({"method": "midpo"}, ["safety", "helpfulness"]), ({"method": "pmol", "no_empty_expert": False}, ["0", "empty"]),
+    ({"method": "pmol", "no_empty_expert": True}, ["0", "1"]), ({"method": "another"}, ["0", "1"])))
+def test_experts_are_called_what_they_are(config, names):
+    layer = {"safe": {"median": [0.5, 0.5]}, "entropy": 0.1}
+    assert report_file.kinds_and_experts({"layer": layer}, config) == (["safe"], names)
+    assert report_file.router_table({"layer": layer}, config).splitlines()[1].split() == ["of", "expert", *names]
+
+
+# Names of runs
+
+
+def run_names(*configs):
+    """What runs with these settings, besides others that are the same in all, are called."""
+    common = {"method": "safedpo", "view": "safe", "delta": 10.0, "data": ["toy"], "groups": [], "seed": 0}
+    return [*report_file.run_names({f"out/{i}": {**common, "out": f"out/{i}", **config}
+                                    for i, config in enumerate(configs)}).values()]
+
+
+def test_runs_are_named_by_what_differs_between_those_of_a_method():
+    assert run_names({"delta": 0.0}, {"delta": 0.5}) == ["Δ = 0", "Δ = 0.5"]
+    assert run_names({"delta": 0.0, "seed": 1}, {"delta": 0.0}) == ["seed = 1", "seed = 0"]
+    assert run_names({"delta": 0.0}, {}, {"method": "midpo", "seed": 3}) == ["safedpo, Δ = 0", "safedpo, Δ = 10", "midpo"]
+    assert run_names({"groups": [["help", 2.0], ["harm", 1.0]]}, {}) == ["groups = help, 2.0, harm, 1.0", "groups = none"]
+    assert run_names({}) == ["safedpo"]
+    assert run_names({"delta": 1.0}, {"delta": 1.0}, {}) == ["out/0", "out/1", "Δ = 10"], "nothing differs: the folder"
+
+
+def test_what_changes_no_weights_and_folders_of_prerequisites_are_in_no_name():
+    assert report_file.UNNAMED >= methods.FREE
+    assert run_names({"device": "cuda", "init_adapter": ["out/0/safety/adapter"], "delta": 1.0},
+                     {"device": "cpu", "init_adapter": ["out/1/safety/adapter"]}) == ["Δ = 1", "Δ = 10"]
+    assert run_names({"init_adapter": ["out/sft/adapter"]}, {"init_adapter": []}) == [
+        "init_adapter = out/sft/adapter", "init_adapter = none"]
