@@ -1,29 +1,25 @@
 """Folders on disk: Hugging Face models, PEFT adapters, mixtures of experts, and a run's weights."""
-import hashlib
 import json
 import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from zipfile import is_zipfile
 
-import numpy as np
 import torch
 import torch.nn as nn
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from batch import response_logps
 from chat import Tokenizer
-from common import (BROKEN, DTYPES, UserError, atomic_file, atomic_folder, check_keys, first_line, part_like, read_json,
-                    whole)
+from common import (BROKEN, DTYPES, HUB_FAILED, UserError, atomic_file, atomic_folder, check_keys, content_hash,
+                    gathered, hash_bytes, one_line, read_json, shard_like)
 from lora_moe import (GATES, ConstantRouter, Gate, add_experts, count_experts, expert_layers, gate_report, is_mixture,
                       is_routed, matches, merge_experts, select_modules, wrap_linear)
 from model import CONFIG_KEYS, FAMILIES, ModelConfig, ScoreModel, Transformer, as_ids
-from runs import ALONE, WEIGHT_FOLDERS
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_SIZE = "5GB"
@@ -44,14 +40,14 @@ def find_folder(name_or_dir):
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"{name}: no such model folder")
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
-    try:
-        snapshot = Path(snapshot_download(name, allow_patterns=wanted))
-        if not any(snapshot.glob("*.safetensors")):
-            snapshot = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"]))
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"{name}: neither a folder here nor a model on the hub (a gated one needs HF_TOKEN)") from None
-    except (HTTPError, OSError) as error:  # OSError: LocalEntryNotFoundError, when offline, is one
-        raise UserError(f"{name}: not a folder here, and the hub did not answer ({first_line(error)})") from None
+    with one_line(f"{name}: not a folder here, and the hub did not answer", HUB_FAILED):
+        try:
+            snapshot = Path(snapshot_download(name, allow_patterns=wanted))
+            if not any(snapshot.glob("*.safetensors")):
+                snapshot = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"]))
+        except (RepositoryNotFoundError, HFValidationError):
+            raise UserError(f"{name}: neither a folder here nor a model on the hub (a gated one needs HF_TOKEN)"
+                            ) from None
     return find_folder(snapshot)
 
 
@@ -87,25 +83,22 @@ def weight_files(folder):
 
 
 def read_tensors(path, dtype=None):
-    """Yield (name, tensor) of one weight file, converted to dtype if given. Raises UserError naming the file."""
+    """Yield (path, name, tensor) of one weight file, converted to dtype if given. Raises UserError naming the file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
+    with one_line(f"{path}: broken, cut short or not plain tensors", BROKEN):
         if path.suffix == ".safetensors":
             yield from read_safetensors(path, dtype)
         else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-            for name, tensor in tensors.items():
+            for name, tensor in torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path)).items():
                 stored = getattr(tensor, "dtype", type(tensor).__name__)
                 if stored not in STORED_DTYPES.values() and not is_derived(name):
                     raise UserError(f"{path}: {name} is stored as {stored}, which is not supported")
-                yield name, tensor.to(dtype or tensor.dtype)
-    except BROKEN as error:
-        raise UserError(f"{path}: broken, cut short or not plain tensors ({first_line(error)})") from None
+                yield path, name, tensor.to(dtype or tensor.dtype)
 
 
 def read_safetensors(path, dtype):
-    """Yield (name, tensor), read through a small buffer into memory of its own.
+    """Yield (path, name, tensor), read through a small buffer into memory of its own.
 
     The library's tensors are a map of the file: its pages would stay in memory beside every converted copy, and the
     weights would change when the file is rewritten.
@@ -124,11 +117,28 @@ def read_safetensors(path, dtype):
             stored = STORED_DTYPES[entry["dtype"]]
             tensor = torch.empty(entry["shape"], dtype=dtype or stored)
             file.seek(start + entry["data_offsets"][0])
-            for piece in tensor.view(-1).split(len(buffer) // stored.itemsize):
-                part = buffer[:piece.numel() * stored.itemsize]
-                file.readinto(part.numpy())
-                piece.copy_(part.view(stored))
-            yield name, tensor
+            for block in tensor.view(-1).split(len(buffer) // stored.itemsize):
+                content = buffer[:block.numel() * stored.itemsize]
+                file.readinto(content.numpy())
+                block.copy_(content.view(stored))
+            yield path, name, tensor
+
+
+def check_tensors(tensors, shapes, where):
+    """Yield (name, tensor) of (path, name, tensor) as they come. Raises UserError naming the file and a tensor that is
+    not in `shapes`, {name: shape}, or of another shape and, at the end, `where` and one that has not come."""
+    missing = set(shapes)
+    for path, name, tensor in tensors:
+        if name not in shapes:
+            raise UserError(f"{path}: unexpected tensor {name}")
+        if tensor.shape != shapes[name]:
+            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the settings make it "
+                            f"{tuple(shapes[name])}")
+        missing.discard(name)
+        yield name, tensor
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{where}: tensor {min(missing)} is missing{more}")
 
 
 GPT2_NAMES = {
@@ -141,8 +151,8 @@ GPT2_NAMES = {
 def stored_name(config, name):
     """What a checkpoint calls our tensor or layer `name`. In GPT-2, q, k and v are one: c_attn."""
     if config.model_type == "gpt2":
-        for ours, theirs in GPT2_NAMES.items():
-            name = name.replace(ours, theirs)
+        for ours, stored in GPT2_NAMES.items():
+            name = name.replace(ours, stored)
     return config.score_name + name.removeprefix("score") if name.startswith("score.") else name
 
 
@@ -178,31 +188,28 @@ def shard(modules, mesh, ignored=()):
 
 def load_weights(model, folder, dtype, device):
     """Put a checkpoint's tensors in the place of a meta-device model's parameters, one at a time."""
-    config, layout = model.config, stored_layout(model)
-    missing = set(layout)
-    for path in weight_files(folder):
-        for name, tensor in read_tensors(path, dtype):
-            if is_derived(name) or (config.tied and name == "lm_head.weight") or (
-                    name.startswith("normalizer.") and not config.normalizer):
-                continue
-            stored = f"transformer.{name}" if f"transformer.{name}" in layout else name  # GPT-2's first files
-            if stored not in layout:
-                raise UserError(f"{path}: unexpected tensor {name}")
-            if is_conv1d(stored):
-                tensor = tensor.transpose(0, -1).contiguous()
-            for ours, part in zip(layout[stored], tensor.chunk(len(layout[stored]))):
-                parent, _, key = ours.rpartition(".")
-                module = model.get_submodule(parent)
-                slot = getattr(module, key)
-                if part.shape != slot.shape:
-                    raise UserError(f"{path}: {name} has shape {tuple(part.shape)}; config.json makes it "
-                                    f"{tuple(slot.shape)}")
-                part = part_like(part.to(device), slot)
-                setattr(module, key, nn.Parameter(part) if isinstance(slot, nn.Parameter) else part)
-            missing.discard(stored)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder}: tensor {min(missing)} is missing{more}")
+    config, layout, slots, shapes = model.config, stored_layout(model), model.state_dict(), {}
+    for stored, names in layout.items():
+        rows, *columns = slots[names[0]].shape
+        shape = len(names) * rows, *columns
+        shapes[stored] = shape[::-1] if is_conv1d(stored) else shape
+
+    def stored_tensors():
+        for file in weight_files(folder):
+            for path, name, tensor in read_tensors(file, dtype):
+                if not (is_derived(name) or (config.tied and name == "lm_head.weight") or (
+                        name.startswith("normalizer.") and not config.normalizer)):
+                    trunk = f"transformer.{name}"  # GPT-2's first files leave that out
+                    yield path, trunk if trunk in layout else name, tensor
+
+    for stored, tensor in check_tensors(stored_tensors(), shapes, folder):
+        tensor = tensor.t().contiguous() if is_conv1d(stored) else tensor
+        for name, values in zip(layout[stored], tensor.chunk(len(layout[stored]))):
+            parent, _, key = name.rpartition(".")
+            module = model.get_submodule(parent)
+            slot = getattr(module, key)
+            values = shard_like(values.to(device), slot)
+            setattr(module, key, nn.Parameter(values) if isinstance(slot, nn.Parameter) else values)
     if config.tied and isinstance(model, Transformer):
         model.lm_head.weight = model.model.embed_tokens.weight
 
@@ -232,11 +239,11 @@ def save_model(model, folder, chat_template=None, write=True):
     kind, config = model.config.model_type, dict(model.config.hf)
     if any(".base." in name for name in weights):
         raise UserError("save_model: the model carries experts; merge_experts(model) first, or save_adapter")
-    for name, ours in stored_layout(model).items():
-        parts = [whole(weights[part]) for part in ours]
-        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    for stored, names in stored_layout(model).items():
+        pieces = [gathered(weights[name], write) for name in names]
         if write:
-            tensors[name] = (tensor.t() if is_conv1d(name) else tensor).contiguous().cpu()
+            tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            tensors[stored] = (tensor.t() if is_conv1d(stored) else tensor).contiguous().cpu()
     if not write:
         return
     if isinstance(model, Transformer):
@@ -294,50 +301,53 @@ def peft_modules(model):
     return modules
 
 
-def fuse(layers, names):
-    """A (R, D_in) and B (D_out, R) of one PEFT layer that is several of ours: GPT-2's q, k and v share one A.
+def peft_tensor(module, letter):
+    """What PEFT calls A or B of a layer that it calls `module`."""
+    return f"base_model.model.{module}.lora_{letter}.weight"
+
+
+def fuse(layers, number):
+    """A (R, D_in) and B (D_out, R) of expert `number` in a PEFT layer that is several of ours, None being one without
+    experts: GPT-2's q, k and v share one A.
 
     In a loaded adapter they still do. Trained separately they do not: then A stacks theirs and B is block-diagonal.
-    A part without experts has a block of zeros.
     """
-    wrapped = {i: layers[name] for i, name in enumerate(names) if name in layers}
-    first = next(iter(wrapped.values()))
-    if all(torch.equal(part.lora_A, first.lora_A) for part in wrapped.values()):
-        zeros = torch.zeros_like(first.lora_B)
-        return first.lora_A, torch.cat([wrapped[i].lora_B if i in wrapped else zeros for i in range(len(names))])
-    rank, width = first.rank, first.base.out_features
-    B = first.lora_B.new_zeros(len(names) * width, len(wrapped) * rank)
-    for j, (i, part) in enumerate(wrapped.items()):
-        B[i * width:(i + 1) * width, j * rank:(j + 1) * rank] = part.lora_B
-    return torch.cat([part.lora_A for part in wrapped.values()]), B
+    experts = {i: (layer.lora_A.detach().unflatten(0, (-1, layer.rank))[number],
+                   layer.lora_B.detach().unflatten(1, (-1, layer.rank))[:, number])
+               for i, layer in enumerate(layers) if layer is not None}
+    first_A, first_B = next(iter(experts.values()))
+    shared = all(torch.equal(A, first_A) for A, _ in experts.values())
+    fused_B = first_B.new_zeros(len(layers), len(first_B), 1 if shared else len(experts), len(first_A))
+    for block, (i, (_, B)) in enumerate(experts.items()):
+        fused_B[i, :, 0 if shared else block] = B
+    return first_A if shared else torch.cat([A for A, _ in experts.values()]), fused_B.flatten(0, 1).flatten(1)
 
 
 def save_adapter(model, folder, template=None, number=0, write=True):
     """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
     Its metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`.
+    With sharded weights all processes call it, and one has to write.
     """
-    layers = {name: SimpleNamespace(
-        lora_A=layer.lora_A.detach().view(layer.num_experts, layer.rank, -1)[number],
-        lora_B=layer.lora_B.detach().view(-1, layer.num_experts, layer.rank)[:, number], rank=layer.rank,
-        alpha=layer.alpha, rslora=layer.rslora, base=layer.base) for name, layer in expert_layers(model)}
-    first = next(iter(layers.values()))
     assert not is_routed(model), "PEFT's format holds experts without a router"
-    modules = peft_modules(model)
-    wrapped = {theirs: names for theirs, names in modules.items() if any(name in layers for name in names)}
-    tensors, ranks, alphas = {}, {}, {}
-    for theirs, names in wrapped.items():
-        A, B = fuse(layers, names)
-        layer = next(layers[name] for name in names if name in layers)
-        tensors[f"base_model.model.{theirs}.lora_A.weight"] = A.contiguous()
-        tensors[f"base_model.model.{theirs}.lora_B.weight"] = B.contiguous()
+    origin = {"base": base_hash(model), "template": template or "chat"}
+    if not write:
+        return
+    layers, modules, tensors, ranks, alphas = expert_layers(model), peft_modules(model), {}, {}, {}
+    first = next(iter(layers.values()))
+    wrapped = {module: [layers.get(name) for name in names] for module, names in modules.items()
+               if not layers.keys().isdisjoint(names)}
+    for module, members in wrapped.items():
+        A, B = fuse(members, number)
+        tensors[peft_tensor(module, "A")], tensors[peft_tensor(module, "B")] = A.contiguous(), B.contiguous()
+        layer = next(filter(None, members))
         growth = len(A) / layer.rank  # PEFT divides by the rank that it sees
         alpha = layer.alpha * (math.sqrt(growth) if layer.rslora else growth)
         if len(A) != first.rank:
-            ranks[theirs] = len(A)
+            ranks[module] = len(A)
         if alpha != first.alpha:
-            alphas[theirs] = alpha
-    targets = sorted({theirs.rpartition(".")[2] for theirs in wrapped})
+            alphas[module] = alpha
+    targets = sorted({module.rpartition(".")[2] for module in wrapped})
     if select_modules(targets, modules) != list(wrapped):  # short names only where they mean these layers and no other
         targets = sorted(wrapped)
     config = {
@@ -346,23 +356,20 @@ def save_adapter(model, folder, template=None, number=0, write=True):
         "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
         "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
     }
-    origin = {"base": base_hash(model), "template": template or "chat"}  # one entry: the library shuffles several
-    if not write:
-        return
     with atomic_folder(folder) as temporary:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / "adapter_model.safetensors", {"trained_on": json.dumps(origin)})
+        metadata = {"trained_on": json.dumps(origin)}  # one entry: the library shuffles several
+        save_file(tensors, temporary / "adapter_model.safetensors", metadata)
 
 
 def base_hash(model):
     """Hash of a sample of the base's weights, rounded to bfloat16: the same whatever precision they are loaded in."""
-    digest = hashlib.blake2b(digest_size=16)
+    pieces = []
     for name, tensor in model.state_dict().items():
         if not is_mixture(name):
-            sample = whole(tensor).detach().flatten()[::tensor.numel() // 4096 + 1].bfloat16().float()
-            digest.update(f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode())
-            digest.update(sample.cpu().numpy())
-    return digest.hexdigest()
+            sample = gathered(tensor).detach().flatten()[::tensor.numel() // 4096 + 1].bfloat16().float()
+            pieces += [f"{name.replace('.base.', '.')} {tuple(tensor.shape)}".encode(), sample.cpu().numpy()]
+    return hash_bytes(*pieces)
 
 
 def adapter_warnings(model, folders, template=None):
@@ -401,28 +408,20 @@ def read_adapter_config(path):
 def read_adapter(model, folder):
     """{name of our layer: (A, B, alpha, rslora)} of an adapter in PEFT's format. Raises UserError naming the setting or
     the tensor that does not fit the model."""
-    folder = Path(folder)
-    config = read_adapter_config(folder / "adapter_config.json")
-    path = folder / "adapter_model.safetensors"
-    tensors, modules, layers = dict(read_tensors(path)), peft_modules(model), {}
-    where = f"{folder / 'adapter_config.json'}: target_modules"
-    for theirs in select_modules(config["target_modules"], modules, where):
-        rank = pattern_value(config.get("rank_pattern"), theirs, config["r"], where)
-        alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"], where)
-        bases = [model.get_submodule(name) for name in modules[theirs]]
-        wanted = {"lora_A": (rank, bases[0].in_features), "lora_B": (sum(b.out_features for b in bases), rank)}
-        pair = {}
-        for key, shape in wanted.items():
-            name = f"base_model.model.{theirs}.{key}.weight"
-            if name not in tensors:
-                raise UserError(f"{path}: tensor {name} is missing")
-            if tensors[name].shape != shape:
-                raise UserError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, the model wants {shape}")
-            pair[key] = tensors.pop(name)
-        for name, part in zip(modules[theirs], pair["lora_B"].chunk(len(modules[theirs]))):
-            layers[name] = pair["lora_A"], part, alpha, bool(config.get("use_rslora"))
-    if tensors:
-        raise UserError(f"{path}: unexpected tensor {min(tensors)}")
+    described, path = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
+    config, modules, alphas, shapes, layers = read_adapter_config(described), peft_modules(model), {}, {}, {}
+    where = f"{described}: target_modules"
+    for module in select_modules(config["target_modules"], modules, where):
+        rank = pattern_value(config.get("rank_pattern"), module, config["r"], where)
+        alphas[module] = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"], where)
+        bases = [model.get_submodule(name) for name in modules[module]]
+        shapes[peft_tensor(module, "A")] = rank, bases[0].in_features
+        shapes[peft_tensor(module, "B")] = sum(base.out_features for base in bases), rank
+    tensors = dict(check_tensors(read_tensors(path), shapes, path))
+    for module, alpha in alphas.items():
+        A, B = (tensors[peft_tensor(module, letter)] for letter in "AB")
+        for name, rows in zip(modules[module], B.chunk(len(modules[module]))):
+            layers[name] = A, rows, alpha, bool(config.get("use_rslora"))
     return layers
 
 
@@ -432,7 +431,7 @@ def load_adapter(model, *folders):
 
     Raises UserError when one does not fit the model, or they differ in layers, rank or alpha.
     """
-    assert not any(True for _ in expert_layers(model)), "the model has experts already; merge_experts(model) first"
+    assert not expert_layers(model), "the model has experts already; merge_experts(model) first"
     adapters = [read_adapter(model, folder) for folder in folders]
     shapes = [{name: (len(A), *scaling) for name, (A, _, *scaling) in layers.items()} for layers in adapters]
     for folder, shape in zip(folders, shapes):
@@ -452,16 +451,14 @@ def pattern_value(patterns, module, default, where):
     return (patterns or {}).get(next(keys, None)) or default
 
 
-def save_experts(model, folder, write=True):
+def save_experts(model, folder):
     """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate."""
-    layers = dict(expert_layers(model))
+    layers = expert_layers(model)
     first = next(iter(layers.values()))
     config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
               "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
               "gate": model.gate and model.gate.spec}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
-    if not write:
-        return
     with atomic_folder(folder) as temporary:
         (temporary / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, temporary / "experts.safetensors")
@@ -471,12 +468,12 @@ def save_experts(model, folder, write=True):
 def load_experts(model, folder):
     """Wrap the model with the mixture that `save_experts` wrote. Returns the model. Raises UserError naming the setting
     or the tensor that does not fit."""
-    folder = Path(folder)
-    path, described = folder / "experts.safetensors", folder / "experts.json"
-    config, tensors = read_json(described, EXPERTS_KEYS), dict(read_tensors(path))
+    described, path = Path(folder) / "experts.json", Path(folder) / "experts.safetensors"
+    config, tensors = read_json(described, EXPERTS_KEYS), list(read_tensors(path))
     router, gate = (check_keys(config.get(key) or {}, EXPERTS_KEYS, described) for key in ("router", "gate"))
-    largest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
-    try:
+    largest = max((max(tensor.shape, default=1) for _, _, tensor in tensors), default=0)
+    with one_line(f"{described}: does not describe experts of this model",
+                  (KeyError, TypeError, ValueError, OverflowError, UserError)):
         if max(config["rank"] * config["num_experts"], router.get("hidden", 0), gate.get("width", 0)) > largest:
             raise UserError("rank, num_experts, hidden or width are more than the tensors have")
         if config["gate"] and config["gate"]["kind"] not in ("fixed", *GATES):
@@ -485,15 +482,9 @@ def load_experts(model, folder):
                     router=config["router"])
         if config["gate"]:
             model.gate = Gate(num_experts=config["num_experts"], **config["gate"])
-    except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
-        raise UserError(f"{described}: does not describe experts of this model ({first_line(error)})") from None
-    for name, tensor in model.state_dict().items():
-        if is_mixture(name):
-            if name not in tensors or tensors[name].shape != tensor.shape:
-                raise UserError(f"{path}: {name} is missing or not of shape {tuple(tensor.shape)}")
-            tensor.copy_(tensors.pop(name))
-    if tensors:
-        raise UserError(f"{path}: unexpected tensor {min(tensors)}")
+    slots = {name: tensor for name, tensor in model.state_dict().items() if is_mixture(name)}
+    for name, tensor in check_tensors(tensors, {name: slot.shape for name, slot in slots.items()}, path):
+        slots[name].copy_(tensor)
     return model
 
 
@@ -513,26 +504,25 @@ def export_experts(model, folder, template=None):
 def save_trained(model, out, template=None, chat_template=None, write=True):
     """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts.
 
-    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's. With
-    sharded weights all processes call it, and one has to write.
+    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's. With sharded
+    weights all processes call it, and one has to write.
     """
     if isinstance(model, ScoreModel) or not count_experts(model):
         save_model(merge_experts(model), out / "model", chat_template, write)
     elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:
         save_adapter(model, out / "adapter", template, write=write)
-    else:
-        save_experts(model, out / "experts", write)
+    elif write:
+        save_experts(model, out / "experts")
 
 
 def load_trained(run, base, dtype=torch.float32, device="cpu"):
     """The language model that `save_trained` wrote into a run folder, on its base. Raises UserError without one."""
-    kind = next((name for name in WEIGHT_FOLDERS if (run / name).is_dir()), None)
-    if kind is None:
-        raise UserError(f"{run}: no trained weights (no {', '.join(WEIGHT_FOLDERS)}); did the run finish?")
-    model = load_model(run / kind if kind == "model" else base, dtype, device)
-    if kind == "model":
-        return model
-    return (load_adapter if kind == "adapter" else load_experts)(model, run / kind)
+    if (run / "model").is_dir():
+        return load_model(run / "model", dtype, device)
+    for name, load in (("adapter", load_adapter), ("experts", load_experts)):
+        if (run / name).is_dir():
+            return load(load_model(base, dtype, device), run / name)
+    raise UserError(f"{run}: no trained weights (no model, adapter, experts); did the run finish?")
 
 
 # Finished runs
@@ -568,24 +558,18 @@ LOGPS_BATCH = 32  # pairs; not --batch_size, as how a batch is packed changes th
 
 def weights_hash(model):
     """Hash of a model's settings, weights, and experts in use; of the base alone where they are disabled."""
-    layers = {name: layer for name, layer in expert_layers(model) if layer.enabled}
-    chosen = {name: one.router.weights for name, one in layers.items() if isinstance(one.router, ConstantRouter)}
-    settings = [(one.scale, {**one.router.spec, "weights": None}) for one in layers.values()]
-    digest = hashlib.blake2b(repr((model.config, settings)).encode(), digest_size=16)
-    for name, tensor in (*model.state_dict().items(), *chosen.items()):
-        if layers or not is_mixture(name):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(whole(tensor).detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    layers = {name: layer for name, layer in expert_layers(model).items() if layer.enabled}
+    settings = [(layer.scale, {**layer.router.spec, "weights": None}) for layer in layers.values()]
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if layers or not is_mixture(name)}
+    tensors |= {f"{name}.chosen": layer.router.weights for name, layer in layers.items()
+                if isinstance(layer.router, ConstantRouter)}
+    return content_hash(model.config, settings, list(tensors), *tensors.values())
 
 
-def cached_logps(model, encoded, dtype="float32", device="cpu", processes=ALONE):
+def cached_logps(model, encoded, dtype, device, processes):
     """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
     in use, tokens and precision. Every run that needs the same finds them."""
-    digest = hashlib.blake2b(f"{dtype} {weights_hash(model)}".encode(), digest_size=16)
-    for array in (encoded.tokens, encoded.bounds):
-        digest.update(np.ascontiguousarray(array))
-    path = LOGPS_CACHE / f"logps-{digest.hexdigest()}.safetensors"
+    path = LOGPS_CACHE / f"logps-{content_hash(dtype, weights_hash(model), encoded.tokens, encoded.bounds)}.safetensors"
     if processes.once(path.is_file):
         return load_file(path)["logps"]
     logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device, processes)

@@ -17,6 +17,7 @@ from pickle import UnpicklingError
 from zipfile import BadZipFile
 
 import torch
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
 
@@ -33,6 +34,15 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+@contextmanager
+def one_line(message, errors):
+    """Raise UserError in the place of these errors: the message, with the first line of the error's own in brackets."""
+    try:
+        yield
+    except errors as error:
+        raise UserError(f"{message} ({first_line(error)})") from None
+
+
 KINDS = {  # of values in files: what a message calls them, and whether a value is one
     "text": lambda v: isinstance(v, str) and not re.search("[\ud800-\udfff]", v),
     "a list": lambda v: isinstance(v, list), "an object": lambda v: isinstance(v, dict),
@@ -47,6 +57,12 @@ KINDS = {  # of values in files: what a message calls them, and whether a value 
     "token ids": lambda v: all(map(KINDS["a whole number"], v if isinstance(v, list) else [v]))}
 
 
+NOT_JSON = (ValueError, RecursionError)  # not UTF-8, not JSON, a number of thousands of digits, deeply nested
+BROKEN = (SafetensorError, UnpicklingError, BadZipFile, struct.error, RuntimeError, OSError, EOFError, AttributeError,
+          ValueError, TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
+HUB_FAILED = (HTTPError, OSError)  # also where it lacks something, or is out of reach
+
+
 def check_keys(values, kinds, path):
     """The values; raises UserError for one that is not of its key's kind. null is of any. kinds: {kind: keys}."""
     for kind, keys in kinds.items():
@@ -59,34 +75,37 @@ def check_keys(values, kinds, path):
 def read_json(path, kinds={}, text=None):
     """The object in a JSON file, or in a text from one, checked by `check_keys`. Raises UserError naming the file."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
+        with one_line(f"{path}: not JSON", NOT_JSON):
+            values = json.loads(Path(path).read_text(encoding="utf-8") if text is None else text)
     except OSError as error:
         raise UserError(f"{path}: {str(error.strerror).replace(' or directory', '').lower()}") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, deeply nested
-        raise UserError(f"{path}: not JSON ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")
     return check_keys(values, kinds, path)
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-BROKEN = (SafetensorError, UnpicklingError, BadZipFile, struct.error, RuntimeError, OSError, EOFError, AttributeError,
-          ValueError, TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
 
 
-def is_part(tensor):
-    """True if the tensor is sharded: a DTensor of which this process holds some rows."""
+def is_sharded(tensor):
+    """True for a DTensor, of which each process holds some rows."""
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor):
-    """The tensor in one piece. Of a sharded one, all processes call this together."""
-    return tensor.full_tensor().clone() if is_part(tensor) else tensor  # it is a view of padded rows
+def gathered(value, keep=True, device=None):
+    """The value with sharded tensors in one piece, on this device if given, or None in their place if not `keep`. The
+    value is a tensor, a nested dictionary, or anything else, which stays. All processes call this together."""
+    if isinstance(value, dict):
+        return {name: gathered(item, keep, device) for name, item in value.items()}
+    if not is_sharded(value):
+        return value
+    full = value.full_tensor()  # a view of padded rows
+    return full.to(device or full.device, copy=True) if keep else None
 
 
-def part_like(tensor, like):
+def shard_like(tensor, like):
     """The tensor, sharded as `like` is, if that is."""
-    if not is_part(like):
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # None: nothing is sent
@@ -147,9 +166,7 @@ def atomic_folder(folder):
         temporary.rename(folder)
         sync(folder.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        recover_folder(folder)
 
 
 def whole_rows(path):
@@ -167,24 +184,33 @@ def whole_lines(path):
     return len(whole)
 
 
-# Hashes of files
+# Hashes
 
 
-def content_hash(paths, *settings):
-    """Hash of the bytes of these files and of the settings: 32 hex digits."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
+def hash_bytes(*pieces, size=16):
+    """Hash of these bytes, one piece after the other: so many bytes, as hex digits."""
+    return hashlib.blake2b(b"".join(pieces), digest_size=size).hexdigest()
+
+
+def content_hash(*parts):
+    """Hash of parts of any kind: 32 hex digits. A Path counts by the bytes of its file, an array or a tensor by type,
+    shape and bytes, anything else by its repr."""
+    def describe(part):
+        if isinstance(part, Path):
+            with open(part, "rb") as file:
+                return hashlib.file_digest(file, "blake2b").digest()
+        if hasattr(part, "__array__"):
+            tensor = gathered(torch.as_tensor(part)).detach().cpu().contiguous()
+            return tensor.dtype, tensor.shape, hash_bytes(tensor.flatten().view(torch.uint8).numpy())
+        return part
+    return hash_bytes(repr([describe(part) for part in parts]).encode())
 
 
 def files_hash(path):
     """Hash of the names, sizes and times of a file or of a folder's files (hashing gigabytes of weights is slow)."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest()
+    return content_hash(*((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
 # Command lines, of this program and of train.py: a flag is declared once, as a field of a dataclass

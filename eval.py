@@ -107,7 +107,7 @@ def kept_answers(model, tokenizer, prompts, folder, args, processes):
                     max_new_tokens=args.max_new_tokens or 512)
     asked, stops = [row["prompt"] for row in prompts], sorted({*tokenizer.stop_ids, *model.config.eos_ids})
     tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in asked])
-    work = content_hash([], weights_hash(model), tokens, stops, settings, args.dtype)
+    work = content_hash(weights_hash(model), tokens, stops, settings, args.dtype)
     name = f"answers-{Path(args.prompts).stem}-{work[:12]}"
     path = Path(folder) / (f"{name}-{processes.rank}.jsonl" if processes.rank else f"{name}.jsonl")
     whole_lines(path)
@@ -133,7 +133,7 @@ def kept_answers(model, tokenizer, prompts, folder, args, processes):
 def cached_answers(model, tokenizer, prompts, **settings):
     """`answer`, kept under out/cache by a hash of all that it depends on: runs from the same start ask it once."""
     tokens, stops = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts]), sorted(tokenizer.stop_ids)
-    path = LOGPS_CACHE / f"toy-answers-{content_hash([], weights_hash(model), tokens, stops, settings)}.json"
+    path = LOGPS_CACHE / f"toy-answers-{content_hash(weights_hash(model), tokens, stops, settings)}.json"
     if not path.is_file():
         write_text(path, json.dumps({"answers": answer(model, tokenizer, prompts, **settings)}))
     return [tuple(one) for one in read_json(path)["answers"]]

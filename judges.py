@@ -135,7 +135,7 @@ class Judge:
         if not key.isascii():
             raise UserError("JUDGE_API_KEY: has characters that no key has")
         self.client = InferenceClient(base_url=url, api_key=key, timeout=self.SECONDS)
-        self.path = LOGPS_CACHE / f"judge-{content_hash([], url, model)[:12]}.jsonl"
+        self.path = LOGPS_CACHE / f"judge-{content_hash(url, model)[:12]}.jsonl"
         whole_lines(self.path)
         self.known = {row["request"]: row["verdict"] for row in whole_rows(self.path)}
 
@@ -164,7 +164,7 @@ class Judge:
 
     def ask_all(self, requests):
         """The verdicts on [(text, keys)], in order; None for those that could not be had."""
-        hashes = [content_hash([], text) for text, _ in requests]
+        hashes = [content_hash(text) for text, _ in requests]
         new = {name: request for name, request in zip(hashes, requests) if name not in self.known}
         self.counts.update(requests=len(requests), asked=len(new))
         pool = ThreadPoolExecutor(self.AT_ONCE)
@@ -273,7 +273,7 @@ def score_file(path, models, out, template=None, max_len=2048, batch_size=16, dt
         raise UserError(f"--score {path}: no such file")
     folders = {name: find_folder(model) for name, model in models.items()}
     weights = [(name, files_hash(folder)) for name, folder in folders.items()]
-    work = content_hash([path], weights, template, max_len, dtype, skip_bad_rows)
+    work = content_hash(path, weights, template, max_len, dtype, skip_bad_rows)
     score_models = {name: load_score_model(folder, template, dtype, device) for name, folder in folders.items()}
     partial, counts = out.with_name(f"{out.name}.{work[:12]}.partial"), Counter()
     done = whole_lines(partial)

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from batch import batches, encode, longest, sequence_logps
-from common import UserError, first_line, part_like, whole
+from common import UserError, first_line, gathered, shard_like
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
@@ -215,29 +215,27 @@ class ExpertLinear(nn.Module):
         """W + scale · Σ_k w_k B_k A_k in float32, for a router whose weights do not depend on the input."""
         assert self.is_constant, "only constant weights can be merged"
         weights = self.router.weights.repeat_interleave(self.rank) * self.scale         # (K·R,)
-        return whole(self.base.weight).float() + (self.lora_B * weights) @ self.lora_A
+        return gathered(self.base.weight).float() + (self.lora_B * weights) @ self.lora_A
 
 
 def expert_layers(model):
-    """Yield (name, ExpertLinear) for every wrapped layer, in the order of the model."""
-    for name, module in model.named_modules():
-        if isinstance(module, ExpertLinear):
-            yield name, module
+    """{name: ExpertLinear} of the wrapped layers, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
 
 
 def count_experts(model):
     """K, or 0 for a model without experts."""
-    return max((layer.num_experts for _, layer in expert_layers(model)), default=0)
+    return max((layer.num_experts for layer in expert_layers(model).values()), default=0)
 
 
 def is_routed(model):
     """True if learned routers mix the experts."""
-    return any(not isinstance(layer.router, ConstantRouter) for _, layer in expert_layers(model))
+    return any(not isinstance(layer.router, ConstantRouter) for layer in expert_layers(model).values())
 
 
 def router_weights(model, tokens):
     """Router probabilities of the last forward pass: (L, tokens, slots). tokens: flat positions, or (B·T,) bool."""
-    return torch.stack([layer.weights.flatten(0, -2)[tokens] for _, layer in expert_layers(model)])
+    return torch.stack([layer.weights.flatten(0, -2)[tokens] for layer in expert_layers(model).values()])
 
 
 def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0, router=None):
@@ -247,7 +245,7 @@ def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0
     of the MLPs), or a regular expression that matches whole module names, as PEFT reads it. router: a specification
     for `make_router`; default: constant weights of 1. Raises UserError when a target selects nothing.
     """
-    assert not any(True for _ in expert_layers(model)), "the model has experts already; merge_experts(model) first"
+    assert not expert_layers(model), "the model has experts already; merge_experts(model) first"
     chosen = select_modules(targets, [name for name, module in model.named_modules() if isinstance(module, nn.Linear)])
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -259,7 +257,7 @@ def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0
 def set_routers(model, spec, seed=0):
     """Give every wrapped layer a new router; the experts are unchanged. Returns the model."""
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in expert_layers(model):
+    for layer in expert_layers(model).values():
         router = make_router(spec, layer.base.in_features, layer.num_experts, generator)
         layer.router = router.to(layer.base.weight.device)
     return model
@@ -267,7 +265,7 @@ def set_routers(model, spec, seed=0):
 
 def freeze_experts(model):
     """Stop training the experts; routers stay trainable. Returns the model."""
-    for _, layer in expert_layers(model):
+    for layer in expert_layers(model).values():
         layer.lora_A.requires_grad_(False)
         layer.lora_B.requires_grad_(False)
     return model
@@ -277,7 +275,7 @@ def freeze_experts(model):
 def perturb_experts(model, deviation, seed=0):
     """Add normal noise of this standard deviation to every expert's B, so that equal experts start apart."""
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in expert_layers(model):
+    for layer in expert_layers(model).values():
         noise = torch.empty(layer.lora_B.shape).normal_(0, deviation, generator=generator)
         layer.lora_B += noise.to(layer.lora_B.device)
     return model
@@ -351,7 +349,7 @@ def use_expert(model, number):
     """Route every row to this expert until changed. number: one for all rows, or for each of equal parts of them."""
     number = torch.as_tensor(number, device=model.model.embed_tokens.weight.device)
     one_hot = (number[..., None] == torch.arange(count_experts(model), device=number.device)).float()  # (…, K)
-    for _, layer in expert_layers(model):
+    for layer in expert_layers(model).values():
         assert isinstance(layer.router, ConstantRouter), "only whole experts can be chosen"
         layer.router.weights = one_hot
 
@@ -361,7 +359,7 @@ def expert_logps(model, batch):
 
     One forward pass: with each row repeated K times, or, where the experts are heads, with the trunk's rows once.
     """
-    K, experts = count_experts(model), dict(expert_layers(model))
+    K, experts = count_experts(model), expert_layers(model)
     if list(experts) == ["lm_head"]:
         hidden = model(batch.tokens, batch.positions, batch.mask())                     # (B, T, D)
         one_hot = torch.eye(K, device=hidden.device)
@@ -383,7 +381,7 @@ def mixture_logps(model, batch):
 @contextmanager
 def disable_experts(model):
     """Inside this block the experts are switched off (w = 0): the model is its base."""
-    layers = [layer for _, layer in expert_layers(model) if layer.enabled]
+    layers = [layer for layer in expert_layers(model).values() if layer.enabled]
     for layer in layers:
         layer.enabled = False
     try:
@@ -439,11 +437,11 @@ def trainable_parameters(model):
 @torch.no_grad()
 def merge_experts(model):
     """Add the experts, at constant weights, to the base weights. Returns the model, now a plain one."""
-    for name, layer in list(expert_layers(model)):
+    for name, layer in expert_layers(model).items():
         if name == "lm_head" and model.config.tied:  # the embedding does not change, so they are tied no longer
             layer.base.weight = nn.Parameter(layer.base.weight.clone())
             model.config = replace(model.config, tied=False, hf={**model.config.hf, "tie_word_embeddings": False})
-        layer.base.weight.copy_(part_like(layer.merged_weight(), layer.base.weight))
+        layer.base.weight.copy_(shard_like(layer.merged_weight(), layer.base.weight))
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, layer.base)
     return model

@@ -271,7 +271,7 @@ def build_mixture(config, model, groups):
         add_head_copies(model, config.experts, config.seed)
     else:
         add_lora(config, model, config.experts)
-    layers = [name for name, _ in expert_layers(model)]
+    layers = list(expert_layers(model))
     if "lm_head" in layers and len(layers) > 1:
         raise UserError("--lora_targets: a mixture has its experts in lm_head or below it, not in both")
     return add_gate(model, config.gate, groups)

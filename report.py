@@ -13,7 +13,6 @@ from batch import batches, encode, longest, precision
 from common import UserError, read_json, whole_rows
 from lora_moe import expert_layers, mixture_logps, router_weights
 
-
 WIDTH = 120  # characters of a terminal's line
 # Okabe and Ito's colours, then Tol's; with the markers no two of 70 styles look alike
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
@@ -156,7 +155,7 @@ def router_report(model, tokenizer, prompts):
     """
     weights = {kind: prompt_weights(model, tokenizer, *zip(*of_kind)) for kind, of_kind in prompts.items()}
     report = {}
-    for i, (name, _) in enumerate(expert_layers(model)):
+    for i, name in enumerate(expert_layers(model)):
         report[name] = {kind: {key: values[i].quantile(level, dim=0).tolist() for key, values, level in (
             ("median", at_prompt, 0.5), ("q10", at_prompt, 0.1), ("q90", at_prompt, 0.9), ("answer", over_answer, 0.5))}
             for kind, (at_prompt, over_answer) in weights.items()}

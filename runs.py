@@ -14,8 +14,8 @@ import torch
 import torch.distributed as distributed
 from filelock import Timeout
 
-from common import (BROKEN, UserError, atomic_folder, first_line, is_part, part_like, read_json, recover_folder, whole,
-                    whole_rows, write_text)
+from common import (BROKEN, UserError, atomic_folder, first_line, gathered, is_sharded, read_json, recover_folder,
+                    shard_like, whole_rows, write_text)
 
 
 # Several processes: torchrun starts them, each has a copy of the model and does its part of every step
@@ -192,19 +192,11 @@ def open_metrics(path, first):
     return open(path, "a", encoding="utf-8"), rows
 
 
-def gathered(values, keep):
-    """A nested dictionary with its sharded tensors gathered on the CPU, or with None in their place if not `keep`."""
-    if isinstance(values, dict):
-        return {name: gathered(value, keep) for name, value in values.items()}
-    full = whole(values)
-    return values if full is values else full.cpu() if keep else None
-
-
 def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
     """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl. With sharded weights
     all processes call it, and one has to write."""
     state = gathered({"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(),
-                      "sums": list(sums)}, write)
+                      "sums": list(sums)}, write, "cpu")
     if not write:
         return
     with atomic_folder(out / "checkpoint") as temporary:
@@ -222,17 +214,17 @@ def load_checkpoint(out, parameters, optimizer):
     if not path.is_file():
         return 0, []
     try:
-        shared = any(is_part(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
+        shared = any(is_sharded(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=shared)
         stored, done = state["parameters"], (state["step"], state["sums"])
         for name, parameter in parameters:
             if name not in stored or stored[name].shape != parameter.shape:
                 raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
-            parameter.copy_(part_like(stored[name], parameter))
+            parameter.copy_(shard_like(stored[name], parameter))
         members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for number, moments in state["optimizer"]["state"].items():
             for name in moments.keys() - {"step"}:
-                moments[name] = part_like(moments[name], members[number])
+                moments[name] = shard_like(moments[name], members[number])
         optimizer.load_state_dict(state["optimizer"])
     except BROKEN as error:
         raise UserError(f"--resume: {path} is broken, start without --resume ({first_line(error)})") from None

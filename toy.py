@@ -437,7 +437,7 @@ def make_base(folder, seed):
 
 def recipe(folder, seed, settings):
     """Hash of how the base model in a folder is made and trained: a change of the toy world makes another one."""
-    return content_hash([], MODEL, settings, THREADS, DEMONSTRATIONS, make_demonstrations(Tokenizer(folder), 200, seed))
+    return content_hash(MODEL, settings, THREADS, DEMONSTRATIONS, make_demonstrations(Tokenizer(folder), 200, seed))
 
 
 def one_thread(model):

@@ -24,8 +24,8 @@ from batch import batches, encode_pairs, epoch_order, pack, precision, show_pair
 from chat import TEMPLATES, Tokenizer
 from checkpoint import (adapter_warnings, cached_logps, find_folder, load_model, load_start, load_trained, read_config,
                         save_model, save_trained, shard)
-from common import (DTYPES, UserError, as_command, atomic_folder, content_hash, files_hash, is_part, stop_signals,
-                    whole, write_text)
+from common import (DTYPES, UserError, as_command, atomic_folder, content_hash, files_hash, gathered, is_sharded,
+                    stop_signals, write_text)
 from data import VIEWS, apply_view, flip_labels, load_sources, require
 from eval import evaluate_run
 from judges import add_margins
@@ -254,11 +254,11 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
         norm = optimizer.gradient_norm()  # the weights are updated already
     else:
         if processes.count > 1:
-            copies = [parameter for _, parameter in parameters if not is_part(parameter)]  # FSDP sums those of parts
+            copies = [parameter for _, parameter in parameters if not is_sharded(parameter)]  # FSDP sums those of parts
             for parameter in copies:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             processes.add(parameter.grad for parameter in copies)
-        norm = whole(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf))
+        norm = gathered(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf))
         optimizer.found_inf = 1 - norm.isfinite().float()  # the fused step does nothing where this is 1
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -376,7 +376,7 @@ def run_settings(config, base, processes=ALONE):
     names = [str(base), *config.data, config.reward_model, config.cost_model, *config.init_adapter, *config.references]
     inputs = {name: files_hash(name) for name in names if name and Path(name).exists()}
     if config.on_toy:
-        inputs["toy"] = content_hash([Path(toy.__file__)])
+        inputs["toy"] = content_hash(Path(toy.__file__))
     return json.loads(json.dumps({**asdict(config), "base": str(base), "inputs": inputs, "pairs_per_step":
                                   config.batch_size * config.grad_accum * processes.count}))
 

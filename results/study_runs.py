@@ -24,7 +24,7 @@ from data import apply_view
 from eval import answer
 from lora_moe import choose_experts, use_expert
 from model import generate
-from runs import read_settings
+from runs import ALONE, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("out/study")
@@ -235,6 +235,6 @@ def forgetting(out, mixed, split):
     answers = [text for text, _ in answer(start, tokenizer, prompts, seed=config["seed"], temperature=1.0)]
     kept = [i for i, text in enumerate(answers) if text.strip()]
     encoded = encode(tokenizer, [tokenizer.render(prompts[i]) for i in kept], [(answers[i],) for i in kept], 256)
-    policy = load_policy(out)[0]
-    lost = cached_logps(start, encoded) - cached_logps(policy, encoded)
+    before, after = (cached_logps(model, encoded, "float32", "cpu", ALONE) for model in (start, load_policy(out)[0]))
+    lost = before - after
     return float(lost.sum() / (encoded.bounds[:, 2] - encoded.bounds[:, 1]).sum())

@@ -57,7 +57,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 @pytest.mark.parametrize("change, says", [
     (lambda t: t.pop(NAME), f"tensor {NAME} is missing"),
-    (lambda t: t.update({NAME: torch.ones(2, 24)}), f"{NAME} has shape (2, 24), the model wants (3, 24)"),
+    (lambda t: t.update({NAME: torch.ones(2, 24)}), f"{NAME} has shape (2, 24), the settings make it (3, 24)"),
     (lambda t: t.update({"base_model.model.x.lora_A.weight": torch.ones(1)}),
      "unexpected tensor base_model.model.x.lora_A.weight")])
 def test_a_tensor_that_does_not_fit_is_named_and_the_model_left_alone(change, says, tmp_path):
@@ -66,7 +66,7 @@ def test_a_tensor_that_does_not_fit_is_named_and_the_model_left_alone(change, sa
     model = load_fixture("llama")
     message = line_of(load_adapter, model, folder)
     assert says in message and str(folder / "adapter_model.safetensors") in message
-    assert not list(expert_layers(model))
+    assert not expert_layers(model)
 
 
 def test_missing_and_truncated_adapter_files_are_named(tmp_path):
@@ -90,9 +90,9 @@ def test_a_pattern_is_about_layers_whose_name_ends_in_it(tmp_path):
 
     def of_pattern(*keys):
         edit_json(folder / "adapter_config.json", alpha_pattern={key: 99 for key in keys})
-        layers = {name: layer.alpha for name, layer in expert_layers(load_adapter(load_fixture("llama"), folder))}
-        assert set(layers.values()) <= {alpha, 99}
-        return {name.removeprefix("model.layers.") for name, value in layers.items() if value == 99}
+        layers = expert_layers(load_adapter(load_fixture("llama"), folder))
+        assert {layer.alpha for layer in layers.values()} <= {alpha, 99}
+        return {name.removeprefix("model.layers.") for name, layer in layers.items() if layer.alpha == 99}
 
     assert of_pattern("self_attn", "layers.1", "model", "q", "proj", "_proj") == set()
     assert of_pattern("q_proj") == {"0.self_attn.q_proj", "1.self_attn.q_proj"}
@@ -143,7 +143,7 @@ def test_saved_gpt2_adapter_is_pefts_formula_on_the_fused_layer(tmp_path):
     module = "transformer.h.1.attn.c_attn"
     A, B = (tensors[f"base_model.model.{module}.lora_{part}.weight"].double() for part in "AB")
     scale = config["alpha_pattern"][module] / config["rank_pattern"][module]
-    layers = dict(expert_layers(model))
+    layers = expert_layers(model)
     q, v = (layers[f"model.layers.1.self_attn.{part}_proj"] for part in "qv")
     q, v = (5 / 3 * layer.lora_B.double() @ layer.lora_A.double() for layer in (q, v))
     torch.testing.assert_close(scale * B @ A, torch.cat([q, torch.zeros_like(q), v]))
@@ -185,14 +185,14 @@ def test_fresh_experts_change_nothing_and_are_all_that_trains():
 
 
 def test_all_linear_spares_the_head():
-    names = [name for name, _ in expert_layers(add_experts(load_fixture("llama"), "all-linear", rank=1, alpha=1))]
+    names = [*expert_layers(add_experts(load_fixture("llama"), "all-linear", rank=1, alpha=1))]
     assert len(names) == 14 and "lm_head" not in names
 
 
 @pytest.mark.parametrize("family, layers", [("llama", ("down", "gate", "up")), ("gpt2", ("down", "up"))])
 def test_mlp_selects_the_layers_of_the_mlps_in_every_family(family, layers):
     model = add_experts(load_fixture(family), "mlp", rank=1, alpha=1)
-    assert sorted(name for name, _ in expert_layers(model)) == [
+    assert sorted(expert_layers(model)) == [
         f"model.layers.{i}.mlp.{layer}_proj" for i in range(model.config.num_layers) for layer in layers]
 
 
@@ -231,12 +231,12 @@ def test_two_adapters_with_constant_weights_add_their_weighted_deltas(name, targ
     plain = load_fixture(name).double()
     for folder, weight in zip(folders, weights):
         single = load_adapter(load_fixture(name), folder)
-        for module, layer in expert_layers(single):
+        for module, layer in expert_layers(single).items():
             scale = layer.alpha / (math.sqrt(layer.rank) if rslora else layer.rank)
             delta = scale * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
             plain.get_submodule(module).weight.data.add_(weight * delta)
     both = set_routers(load_adapter(load_fixture(name), *folders), {"type": "constant", "weights": list(weights)})
-    assert {layer.num_experts for _, layer in expert_layers(both)} == {2}
+    assert {layer.num_experts for layer in expert_layers(both).values()} == {2}
     want = logits_of(plain, tokens)
     assert relative_error(logits_of(both, tokens).double(), want) < 1e-5
     assert relative_error(logits_of(load_fixture(name), tokens).double(), want) > 1e-2
@@ -250,11 +250,11 @@ def test_adapters_of_different_shapes_do_not_go_together(other, tmp_path):
     model = load_fixture("llama")
     assert line_of(load_adapter, model, first, second) == (
         f"{second}: its layers, rank or alpha differ from those of {first}")
-    assert not list(expert_layers(model)), "the model is left alone"
+    assert not expert_layers(model), "the model is left alone"
 
 
 def test_a_missing_second_adapter_is_named(tmp_path):
     model, first = load_fixture("llama"), adapter(tmp_path / "first", 1)
     assert f"{tmp_path / 'none' / 'adapter_config.json'}: no such file" == line_of(
         load_adapter, model, first, tmp_path / "none")
-    assert not list(expert_layers(model))
+    assert not expert_layers(model)

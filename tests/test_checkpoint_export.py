@@ -32,7 +32,7 @@ def test_a_merged_run_is_a_plain_checkpoint_with_the_runs_logits(quick, flags):
     out = run("run", *flags)
     eval_file.main(["--merge", str(out), "--out", "merged"])
     model = load_model("merged")
-    assert not list(expert_layers(model)) and close(logits_of(model, TOKENS), policy_logits(out))
+    assert not expert_layers(model) and close(logits_of(model, TOKENS), policy_logits(out))
     assert Path("merged/tokenizer.json").is_file()
 
 

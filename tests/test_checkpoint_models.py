@@ -333,13 +333,13 @@ def test_all_eos_ids_of_generation_config_are_read(tmp_path):
     (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}),
      "model.safetensors: unexpected tensor model.layers.2.mlp.up_proj.weight"),
     (lambda t: t.update({"model.norm.weight": torch.ones(23)}),
-     "model.safetensors: model.norm.weight has shape (23,); config.json makes it (24,)"),
+     "model.safetensors: model.norm.weight has shape (23,), the settings make it (24,)"),
     (lambda t: t.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)}),
      "model.safetensors: model.norm.weight is stored as I8, which is not supported")])
 def test_a_tensor_that_does_not_fit_is_named(change, says, tmp_path):
     folder = copy_of("llama", tmp_path)
     edit_tensors(folder / "model.safetensors", change)
-    message = line_of(Transformer.from_pretrained, folder)
+    message = line_of(load_model, folder)
     assert says in message and str(folder) in message
 
 
@@ -354,26 +354,26 @@ def test_a_tensor_that_does_not_fit_is_named(change, says, tmp_path):
 def test_a_config_that_we_cannot_run_is_refused(changes, says, tmp_path):
     folder = copy_of("llama", tmp_path)
     edit_json(folder / "config.json", **changes)
-    message = line_of(Transformer.from_pretrained, folder)
+    message = line_of(load_model, folder)
     assert says in message and str(folder / "config.json") in message
 
 
 def test_a_config_that_is_not_json_is_named(tmp_path):
     folder = copy_of("llama", tmp_path)
     (folder / "config.json").write_text("{")
-    assert f"{folder / 'config.json'}: not JSON" in line_of(Transformer.from_pretrained, folder)
+    assert f"{folder / 'config.json'}: not JSON" in line_of(load_model, folder)
 
 
 def test_a_config_that_is_not_an_object_is_named(tmp_path):
     folder = copy_of("llama", tmp_path)
     (folder / "config.json").write_text("[]")
-    assert str(folder / "config.json") in line_of(Transformer.from_pretrained, folder)
+    assert str(folder / "config.json") in line_of(load_model, folder)
 
 
 def test_a_folder_without_weights_says_what_it_lacks(tmp_path):
     folder = copy_of("llama", tmp_path)
     (folder / "model.safetensors").unlink()
-    assert "no model.safetensors" in line_of(Transformer.from_pretrained, folder)
+    assert "no model.safetensors" in line_of(load_model, folder)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -384,7 +384,7 @@ def test_a_truncated_file_is_named(file, kept, tmp_path):
         torch.save(load_file(folder / "model.safetensors"), folder / file)
         (folder / "model.safetensors").unlink()
     (folder / file).write_bytes((folder / file).read_bytes()[:kept])
-    assert f"{folder / file}: broken, cut short" in line_of(Transformer.from_pretrained, folder)
+    assert f"{folder / file}: broken, cut short" in line_of(load_model, folder)
 
 
 @pytest.mark.parametrize("index, says", [
@@ -396,7 +396,7 @@ def test_an_index_that_leads_nowhere_is_refused(index, says, tmp_path):
     folder = copy_of("llama", tmp_path)
     save_file({"a": torch.ones(1)}, tmp_path / "secret.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    message = line_of(Transformer.from_pretrained, folder)
+    message = line_of(load_model, folder)
     assert says in message and "model.safetensors.index.json" in message
 
 
@@ -414,7 +414,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(new_format, tmp_path):
     (folder / "model.safetensors").unlink()
     tensors = {"model.norm.weight": torch.ones(24), "trap": Malicious(str(tmp_path / "sprung"))}
     torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=new_format)
-    assert "pytorch_model.bin" in line_of(Transformer.from_pretrained, folder)
+    assert "pytorch_model.bin" in line_of(load_model, folder)
     assert not (tmp_path / "sprung").exists()
 
 
@@ -422,7 +422,7 @@ def test_a_pickle_of_something_else_is_refused(tmp_path):
     folder = copy_of("llama", tmp_path)
     (folder / "model.safetensors").unlink()
     torch.save({"state_dict": load_file(FIXTURES / "llama" / "model.safetensors")}, folder / "pytorch_model.bin")
-    assert "pytorch_model.bin: state_dict is stored as dict" in line_of(Transformer.from_pretrained, folder)
+    assert "pytorch_model.bin: state_dict is stored as dict" in line_of(load_model, folder)
 
 
 # The hub
@@ -441,7 +441,7 @@ def test_a_hub_id_downloads_only_what_is_needed(monkeypatch):
     def snapshot_download(name, allow_patterns):
         asked.append((name, allow_patterns))
         return str(FIXTURES / "llama")
-    monkeypatch.setattr(model_file, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
     assert load_model("somebody/llama").folder == FIXTURES / "llama"
     [(name, patterns)] = asked
     assert name == "somebody/llama" and "tokenizer.json" in patterns
@@ -457,7 +457,7 @@ def test_pickles_are_downloaded_only_where_there_is_nothing_else(monkeypatch, tm
         if "pytorch_model*.bin*" in allow_patterns:
             torch.save(tensors, folder / "pytorch_model.bin")
         return str(folder)
-    monkeypatch.setattr(model_file, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
     assert load_model("somebody/llama").folder == folder
 
 
@@ -474,13 +474,13 @@ def test_pickles_are_downloaded_only_where_there_is_nothing_else(monkeypatch, tm
 def test_a_hub_that_does_not_give_the_model_is_one_line(error, says, monkeypatch):
     def snapshot_download(*args, **settings):
         raise error()
-    monkeypatch.setattr(model_file, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
     message = line_of(find_folder, "nobody/nothing")
     assert says in message and message.startswith("nobody/nothing: ")
 
 
 def test_a_path_that_is_not_there_never_reaches_the_hub(monkeypatch, tmp_path):
-    monkeypatch.setattr(model_file, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
     assert "no such model folder" in line_of(find_folder, tmp_path / "missing")
     assert "no such model folder" in line_of(find_folder, "out/run/missing")
     assert "has no config.json" in line_of(find_folder, tmp_path)
@@ -493,7 +493,7 @@ PEAK = """
 import sys, torch
 sys.path.insert(0, {root!r})
 torch.set_num_threads(2)
-from model import Transformer
+from checkpoint import load_model
 import torch.nn.init
 for name in ("uniform_", "normal_", "kaiming_uniform_"):
     setattr(torch.nn.init, name, lambda tensor, *a, **k: tensor if tensor.is_meta else sys.exit("random weights"))

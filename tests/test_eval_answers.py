@@ -293,7 +293,7 @@ def test_routers_are_reported_by_label_at_the_prompt_and_over_the_answer(asked):
     report = evaluate(out)["routers"][str(out)]
     model, tokenizer, _ = checkpoint.load_policy(out)
     rows = kept(out)
-    for name, layer in expert_layers(model):
+    for name, layer in expert_layers(model).items():
         at_prompt, over_answer = [], []
         for one in rows[::2]:  # the safe ones
             prompt = tokenizer.encode([tokenizer.render(one["prompt"])])[0]
@@ -458,7 +458,7 @@ def test_answers_that_grow_are_a_warning(policy, monkeypatch, capsys):
     stream = model_file.stream
 
     def longer(model, prompts, count, *settings):
-        return stream(model, prompts, 4 if any(expert_layers(model)) else 2, *settings)
+        return stream(model, prompts, 4 if expert_layers(model) else 2, *settings)
     monkeypatch.setattr(eval_file, "stream", longer)
     rows = evaluate(policy)["rows"]
     times = rows[policy]["tokens"] / rows["start"]["tokens"]

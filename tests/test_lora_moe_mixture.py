@@ -49,7 +49,7 @@ def encoded_pairs(items=PAIRS, groups=None):
 def merged_alone(kind, model, k, dtype=torch.float64):
     """A plain model with expert k merged, W + scale · B_k A_k, and the leaves {name of A or B: tensor} behind it."""
     plain, leaves = tiny(KINDS[kind][0]).to(dtype), {}
-    for name, layer in expert_layers(model):
+    for name, layer in expert_layers(model).items():
         A, B = (parameter.detach().to(dtype).requires_grad_() for parameter in (layer.lora_A, layer.lora_B))
         leaves.update({f"{name}.lora_A": A, f"{name}.lora_B": B})
         rank = layer.lora_A.shape[0] // layer.num_experts
@@ -183,7 +183,7 @@ def test_pooled_states_are_the_bases_mean_over_the_prompt_alone(kind):
         with torch.no_grad():
             expected = plain(torch.tensor([prompt]))[0].mean(0)
         assert states[n].tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
-    assert all(layer.enabled for _, layer in expert_layers(model)), "the experts are on again"
+    assert all(layer.enabled for layer in expert_layers(model).values()), "the experts are on again"
 
 
 def gated(kind, gate):
@@ -224,7 +224,7 @@ def test_a_damaged_gate_is_named_in_one_line(tmp_path):
         return message
 
     without = {name: tensor for name, tensor in whole.items() if name != "gate.weight"}
-    assert "gate.weight is missing or not of shape (2, 3)" in answer(without)
+    assert "tensor gate.weight is missing" in answer(without)
     assert "gate.bias" in answer({**whole, "gate.bias": torch.zeros(4)})
     assert "gate.weight" in answer(groups=["a", "b", "c"])
     assert "gate.weight" in answer(kind="constant")
@@ -265,7 +265,7 @@ def test_a_gate_on_prompts_looks_at_the_bases_states_of_each_rendered_prompt(pla
     with torch.no_grad():
         states = torch.stack([base(torch.tensor([ids]))[0].mean(0) for ids in tokenizer.encode(texts)])
     model = add_experts(load_model(BASE), ["down_proj"], 2, 4, num_experts=4)
-    for _, layer in expert_layers(model):
+    for layer in expert_layers(model).values():
         layer.lora_B.data.normal_(0, 1)
     model.gate = Gate("prompt", 4, width=32)
     model.gate.weight.data = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
@@ -305,5 +305,5 @@ def test_a_mixture_at_fixed_weights_merges_into_a_plain_model(kind):
     set_routers(model, {"type": "constant", "weights": [0.5, 0.2, 0.3]})
     expected = logits_of(model, tokens)
     plain = merge_experts(model)
-    assert not list(expert_layers(plain))
+    assert not expert_layers(plain)
     assert relative_error(logits_of(plain, tokens), expected) < 1e-5

@@ -201,7 +201,7 @@ def test_router_weights_of_a_packed_batch_are_those_of_separate_sequences_and_of
     kept = batch.pair.flatten() >= 0
     assert not kept.all(), "there is padding to leave out"
     calls = []
-    for _, layer in expert_layers(model):
+    for layer in expert_layers(model).values():
         layer.base.register_forward_hook(lambda *_: calls.append(1))
     model(batch.tokens, batch.positions, batch.mask())
     weights = router_weights(model, kept)
@@ -212,7 +212,7 @@ def test_router_weights_of_a_packed_batch_are_those_of_separate_sequences_and_of
         prompt, *responses = pieces(encoded, i)
         for part, response in enumerate(responses, 1):
             model(torch.tensor([prompt + response]))
-            for l, (_, layer) in enumerate(expert_layers(model)):
+            for l, layer in enumerate(expert_layers(model).values()):
                 for place, token in enumerate(layer.weights[0]):
                     part_of = (0, place) if place < len(prompt) else (part, place)
                     alone[i, part_of, l] = token
@@ -240,8 +240,8 @@ def test_a_seed_draws_the_same_routers_and_no_two_networks_alike(router):
     assert not any(torch.equal(tensor, router_state(other)[name]) for name, tensor in router_state(first).items())
     drawn = [tuple(tensor.flatten().tolist()) for tensor in router_state(first).values()]
     assert len(set(drawn)) == len(drawn)
-    assert all(torch.equal(a, b) for a, b in zip((layer.lora_A for _, layer in expert_layers(first)),
-                                                 (layer.lora_A for _, layer in expert_layers(second))))
+    assert all(torch.equal(a, b) for a, b in zip((layer.lora_A for layer in expert_layers(first).values()),
+                                                 (layer.lora_A for layer in expert_layers(second).values())))
 
 
 def test_new_routers_leave_the_experts_and_the_base_alone():
@@ -249,7 +249,7 @@ def test_new_routers_leave_the_experts_and_the_base_alone():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     old = router_state(model)
     set_routers(model, SOFTMAX, seed=3)
-    assert all(isinstance(layer.router, SoftmaxRouter) for _, layer in expert_layers(model))
+    assert all(isinstance(layer.router, SoftmaxRouter) for layer in expert_layers(model).values())
     after = model.state_dict()
     assert after.keys() - before.keys() and not old.keys() & after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items() if name not in old)
@@ -375,7 +375,7 @@ def test_a_registered_router_is_made_in_every_layer_by_its_name(hard):
     """Also its output is another than that of a soft router with the same parameters."""
     model, soft = routed_llama(hard, num_experts=3), routed_llama(SOFTMAX, num_experts=3)
     tokens = torch.arange(40).view(2, 20)
-    assert {type(layer.router) for _, layer in expert_layers(model)} == {HardRouter} and is_routed(model)
+    assert {type(layer.router) for layer in expert_layers(model).values()} == {HardRouter} and is_routed(model)
     assert all(torch.equal(tensor, router_state(soft)[name]) for name, tensor in router_state(model).items())
     assert relative_error(logits_of(model, tokens), logits_of(soft, tokens)) > 1e-2
     weights = router_weights(model, torch.arange(40))
@@ -388,7 +388,7 @@ def test_a_saved_hard_mixture_is_hard_when_it_loads_again(hard, tmp_path):
     model = routed_llama(hard, num_experts=3)
     save_experts(model, tmp_path / "saved")
     again = load_experts(load_fixture("llama"), tmp_path / "saved")
-    assert {type(layer.router) for _, layer in expert_layers(again)} == {HardRouter}
+    assert {type(layer.router) for layer in expert_layers(again).values()} == {HardRouter}
     assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
 
 
@@ -402,7 +402,7 @@ def test_a_mixture_merged_at_constant_weights_runs_as_it_did_with_them(weights, 
     running = logits_of(model, tokens)
     assert relative_error(running, logits_of(load_fixture("llama"), tokens)) > 1e-2
     save_model(merge_experts(model), tmp_path / "merged")
-    assert not list(expert_layers(model))
+    assert not expert_layers(model)
     assert relative_error(logits_of(model, tokens), running) < 1e-5
     assert relative_error(logits_of(load_model(tmp_path / "merged"), tokens), running) < 1e-5
 

@@ -265,7 +265,7 @@ def test_first_loss_of_the_routers_is_dpo_plus_the_l1_term_of_single_sequences(m
     base, losses, distances = load_model(BASE), [], []
 
     def distance(start):
-        for _, layer in expert_layers(model):
+        for layer in expert_layers(model).values():
             for safety, helpfulness in layer.weights[0, start:].tolist():
                 distances.append(abs(safety) + abs(helpfulness - 1))
 
@@ -320,7 +320,7 @@ def test_midpo_runs_in_bfloat16(place):
 @torch.no_grad()
 def test_the_loaded_mixture_generates_what_step_by_step_argmax_without_a_cache_gives(mixture):
     policy, tokenizer, _ = checkpoint.load_policy(mixture)
-    for _, layer in expert_layers(policy):  # the base repeats one word; with experts this large something happens
+    for layer in expert_layers(policy).values():  # the base repeats one word; with experts this large something happens
         layer.lora_B.copy_(2 * torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(1)))
         for parameter in layer.router.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 0)
@@ -333,7 +333,7 @@ def test_the_loaded_mixture_generates_what_step_by_step_argmax_without_a_cache_g
         for _ in range(12):
             tokens.append(int(policy.logits(policy(torch.tensor([tokens])))[0, -1].argmax()))
         assert tokens[len(prompt):] == answer
-        assert all(layer.weights[0].std(dim=0).min() > 0.01 for _, layer in expert_layers(policy))
+        assert all(layer.weights[0].std(dim=0).min() > 0.01 for layer in expert_layers(policy).values())
 
 
 def test_the_finished_mixture_is_evaluated_again_with_the_same_result(mixture):
@@ -347,8 +347,8 @@ def test_the_report_on_routers_is_the_median_at_the_last_token_of_each_prompt_al
     policy, tokenizer, _ = checkpoint.load_policy(mixture)
     prompts = toy.eval_prompts(split, 0)
     report = read_json(mixture / ("eval-dev.json" if split == "dev" else "eval.json"))["router"]
-    assert report.keys() == {name for name, _ in expert_layers(policy)} and len(prompts) > 30
-    for name, layer in expert_layers(policy):
+    assert report.keys() == expert_layers(policy).keys() and len(prompts) > 30
+    for name, layer in expert_layers(policy).items():
         given, weights = [], {True: [], False: []}
         hook = layer.router.register_forward_hook(lambda module, inputs, output: given.append(output[0, -1].tolist()))
         for prompt in prompts:
@@ -381,7 +381,7 @@ def test_static_weights_evaluate_the_merged_model_beside_the_runs_own_result(mix
     assert added == {"eval-static-0.5,0.5.json", "samples-static-0.5,0.5.txt"}
     assert all(path.read_bytes() == content for path, content in before.items())
     merged, base = judged[1], judged[0]
-    assert not list(expert_layers(merged)) and merged.state_dict().keys() == base.state_dict().keys()
+    assert not expert_layers(merged) and merged.state_dict().keys() == base.state_dict().keys()
     for name, weight in base.state_dict().items():
         wanted = weight.double()
         if "down_proj" in name:

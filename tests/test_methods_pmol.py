@@ -123,7 +123,7 @@ def plain_metrics(flags, pairs, names, target):
     token. Experts are zero as yet, so the routers see what the base's layers see."""
     _, model, tokenizer = load_run(*flags, groups=names)
     base, inputs_of = load_model(BASE).double(), {}
-    routers = {name: layer.router.linear.weight.double() for name, layer in expert_layers(model)}
+    routers = {name: layer.router.linear.weight.double() for name, layer in expert_layers(model).items()}
     for name in routers:
         base.get_submodule(name).register_forward_hook(
             lambda module, inputs, output, name=name: inputs_of.update({name: inputs[0][0]}))
@@ -235,13 +235,13 @@ def test_baselines_train_on_the_same_pairs_and_are_scored_by_the_same_preference
 def test_the_router_report_has_medians_over_each_preferences_prompts(quick):
     out = run("run", *FLAGS, "--lr", 1e-2)
     report, (model, tokenizer, _) = read_json(out / "eval.json")["router"], checkpoint.load_policy(out)
-    layers, entropies = list(expert_layers(model)), {}
+    layers, entropies = expert_layers(model), {}
     for name, prompts in toy.preference_sample(THREE, "test", 0).items():
-        weights = {layer: [] for layer, _ in layers}
+        weights = {layer: [] for layer in layers}
         for prompt in prompts:
             with torch.no_grad():
                 model(torch.tensor(tokenizer.encode([tokenizer.render(prompt.text)])))
-            for layer, module in layers:
+            for layer, module in layers.items():
                 weights[layer].append(module.weights[0, -1].tolist())
         for layer, values in weights.items():
             medians = [statistics.median(slot) for slot in zip(*values)]
@@ -249,7 +249,7 @@ def test_the_router_report_has_medians_over_each_preferences_prompts(quick):
             entropies.setdefault(layer, []).extend(-sum(w * math.log(w) for w in row) for row in values)
     for layer, values in entropies.items():
         assert report[layer]["entropy"] == pytest.approx(statistics.mean(values), rel=1e-4)
-    assert len({tuple(report[layer][name]["median"]) for layer, _ in layers for name in THREE}) == 3 * len(layers)
+    assert len({tuple(report[layer][name]["median"]) for layer in layers for name in THREE}) == 3 * len(layers)
 
 
 # Real data: rows of a file that carry their group

@@ -130,7 +130,7 @@ FLAGS = ("--lora_rank", 4, "--annotators", 6, "--max_steps", 3, "--log_every", 1
 def save_merged(model, k, folder):
     """The base plus expert k of a mixture of rank 4 on it, with the tokenizer's files, in a folder."""
     plain = load_model(BASE)
-    for name, layer in expert_layers(model):
+    for name, layer in expert_layers(model).items():
         part = slice(4 * k, 4 * k + 4)
         plain.get_submodule(name).weight.data += layer.alpha / 4 * layer.lora_B.data[:, part] @ layer.lora_A.data[part]
     save_model(plain, Path(folder))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import batch as batch_file
+import checkpoint
 import eval as eval_file
-import lora_moe
 import methods
 import runs as runs_file
 import train
@@ -170,12 +170,12 @@ def test_the_hash_of_files_sees_where_one_ends_and_the_next_begins(tmp_path):
         paths = [tmp_path / str(i) for i in range(len(texts))]
         for path, text in zip(paths, texts):
             path.write_text(text)
-        return content_hash(paths)
+        return content_hash(*paths)
 
     contents = (("ab", "c"), ("a", "bc"), ("abc", ""), ("", "abc"), ("abc",), ("c", "ab"), ("abc", "", ""))
     assert len({hash_of(*texts) for texts in contents}) == len(contents)
     assert hash_of("ab", "c") == hash_of("ab", "c")
-    assert len({content_hash([], *settings) for settings in (("a", "b"), ("ab",), ("b", "a"), ("a", None))}) == 4
+    assert len({content_hash(*settings) for settings in (("a", "b"), ("ab",), ("b", "a"), ("a", None))}) == 4
 
 
 def test_an_input_that_lies_in_the_run_folder_is_refused(quick):
@@ -218,7 +218,7 @@ def test_the_run_folder_shows_the_tokens_of_the_first_pair(quick):
 def test_reference_log_probs_are_shared_by_runs_that_need_the_same(quick, monkeypatch):
     computed = []
     response_logps = batch_file.response_logps
-    monkeypatch.setattr(lora_moe, "response_logps", lambda *rest: computed.append(1) or response_logps(*rest))
+    monkeypatch.setattr(checkpoint, "response_logps", lambda *rest: computed.append(1) or response_logps(*rest))
     for name, flags in (("a", ("--delta", 10)), ("b", ("--delta", 3)), ("c", ("--beta", 0.5, "--batch_size", 4))):
         run(name, *FLAGS, *flags)
     assert len(computed) == 2  # training and held-out pairs, once

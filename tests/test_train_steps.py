@@ -20,7 +20,7 @@ import train
 from batch import pack, split_step
 from chat import Tokenizer
 from checkpoint import load_model, save_model
-from common import whole
+from common import gathered
 from conftest import encoded_of, perturb_experts, tiny
 from runs import ALONE
 
@@ -50,7 +50,7 @@ def step_of(method, parts, processes=ALONE, *flags, tokens=0, device="cpu"):
     config, model, encoded = ready(method, *flags, device=device, processes=processes)
     parameters, gradients, sums = lora_moe.trainable_parameters(model), {}, {}
     optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: gradients.update(
-        (name, whole(parameter.grad).clone()) for name, parameter in parameters if parameter.grad is not None))
+        (name, gathered(parameter.grad).clone()) for name, parameter in parameters if parameter.grad is not None))
     passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"),
                         encoded.lengths(), tokens)
     assert len(passes) > parts if tokens else len(passes) == parts
