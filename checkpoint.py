@@ -1,4 +1,8 @@
-"""Folders on disk: Hugging Face models, PEFT adapters, mixtures of experts, and a run's weights."""
+"""Weights on disk: Hugging Face models, PEFT adapters, mixtures of experts, and what a run has trained.
+
+Read in this order: a model's folder and files, names and layouts of tensors, `load_model` and `save_model`; adapters
+and mixtures; the weights of runs, and log-probs that are kept.
+"""
 import json
 import math
 import re
@@ -28,10 +32,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def find_folder(name_or_dir):
-    """The local folder of a checkpoint; a hub id is downloaded first, weights and tokenizer files only.
-
-    Raises UserError when there is no such folder and the hub does not have or cannot be asked for the id.
-    """
+    """The local folder of a checkpoint; a hub id is downloaded first, weights and tokenizer files only. Raises UserError
+    when there is no such folder and the hub does not have or cannot be asked for the id."""
     folder, name = Path(name_or_dir), str(name_or_dir)
     if (folder / "config.json").is_file():
         return folder
@@ -40,14 +42,12 @@ def find_folder(name_or_dir):
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"{name}: no such model folder")
     wanted = ["config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
-    with one_line(f"{name}: not a folder here, and the hub did not answer", HUB_FAILED):
-        try:
-            snapshot = Path(snapshot_download(name, allow_patterns=wanted))
-            if not any(snapshot.glob("*.safetensors")):
-                snapshot = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"]))
-        except (RepositoryNotFoundError, HFValidationError):
-            raise UserError(f"{name}: neither a folder here nor a model on the hub (a gated one needs HF_TOKEN)"
-                            ) from None
+    with (one_line(f"{name}: not a folder here, and the hub did not answer", HUB_FAILED),
+          one_line(f"{name}: neither a folder here nor a model on the hub; a gated one needs HF_TOKEN",
+                   (RepositoryNotFoundError, HFValidationError))):
+        snapshot = Path(snapshot_download(name, allow_patterns=wanted))
+        if not any(snapshot.glob("*.safetensors")):
+            snapshot = Path(snapshot_download(name, allow_patterns=[*wanted, "pytorch_model*.bin*"]))
     return find_folder(snapshot)
 
 
@@ -66,19 +66,19 @@ def read_config(folder):
 
 def weight_files(folder):
     """The files that hold a checkpoint's tensors. Raises UserError when there are none or one is missing."""
+    files = {path.name: path for path in folder.iterdir() if path.is_file()}
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            weight_map = read_json(folder / index, {"an object": "weight_map"}).get("weight_map")
+        if index in files:
+            weight_map = read_json(files[index], {"an object": "weight_map"}).get("weight_map")
             if not weight_map:
-                raise UserError(f"{folder / index}: has no weight_map")
-            files = {path.name: path for path in folder.iterdir() if path.is_file()}
+                raise UserError(f"{files[index]}: has no weight_map")
             for name in weight_map.values():
                 if not isinstance(name, str) or name not in files:
-                    raise UserError(f"{folder / index}: names {name}, which is not a file in this folder")
+                    raise UserError(f"{files[index]}: names {name}, which is not a file in this folder")
             return [files[name] for name in sorted(set(weight_map.values()))]
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
+        if name in files:
+            return [files[name]]
     raise UserError(f"{folder}: no model.safetensors (nor its index) and no pytorch_model.bin")
 
 
@@ -156,10 +156,10 @@ def stored_name(config, name):
     return config.score_name + name.removeprefix("score") if name.startswith("score.") else name
 
 
-def stored_layout(model):
+def stored_layout(model, names):
     """{name in a checkpoint: our names of it, in order}, without what a checkpoint leaves out: a tied head."""
     layout = {}
-    for name in model.state_dict():
+    for name in names:
         if not (model.config.tied and name == "lm_head.weight"):
             layout.setdefault(stored_name(model.config, name), []).append(name)
     return layout
@@ -188,7 +188,8 @@ def shard(modules, mesh, ignored=()):
 
 def load_weights(model, folder, dtype, device):
     """Put a checkpoint's tensors in the place of a meta-device model's parameters, one at a time."""
-    config, layout, slots, shapes = model.config, stored_layout(model), model.state_dict(), {}
+    config, slots, parameters, shapes = model.config, model.state_dict(), dict(model.named_parameters()), {}
+    layout = stored_layout(model, slots)
     for stored, names in layout.items():
         rows, *columns = slots[names[0]].shape
         shape = len(names) * rows, *columns
@@ -197,19 +198,17 @@ def load_weights(model, folder, dtype, device):
     def stored_tensors():
         for file in weight_files(folder):
             for path, name, tensor in read_tensors(file, dtype):
-                if not (is_derived(name) or (config.tied and name == "lm_head.weight") or (
-                        name.startswith("normalizer.") and not config.normalizer)):
-                    trunk = f"transformer.{name}"  # GPT-2's first files leave that out
-                    yield path, trunk if trunk in layout else name, tensor
+                if not (is_derived(name) or config.tied and name == "lm_head.weight" or
+                        name.startswith("normalizer.") and not config.normalizer):
+                    full_name = f"transformer.{name}"  # GPT-2's first files leave that out
+                    yield path, full_name if full_name in layout else name, tensor
 
     for stored, tensor in check_tensors(stored_tensors(), shapes, folder):
         tensor = tensor.t().contiguous() if is_conv1d(stored) else tensor
         for name, values in zip(layout[stored], tensor.chunk(len(layout[stored]))):
             parent, _, key = name.rpartition(".")
-            module = model.get_submodule(parent)
-            slot = getattr(module, key)
-            values = shard_like(values.to(device), slot)
-            setattr(module, key, nn.Parameter(values) if isinstance(slot, nn.Parameter) else values)
+            values = shard_like(values.to(device), slots[name])
+            setattr(model.get_submodule(parent), key, nn.Parameter(values) if name in parameters else values)
     if config.tied and isinstance(model, Transformer):
         model.lm_head.weight = model.model.embed_tokens.weight
 
@@ -239,7 +238,7 @@ def save_model(model, folder, chat_template=None, write=True):
     kind, config = model.config.model_type, dict(model.config.hf)
     if any(".base." in name for name in weights):
         raise UserError("save_model: the model carries experts; merge_experts(model) first, or save_adapter")
-    for stored, names in stored_layout(model).items():
+    for stored, names in stored_layout(model, weights).items():
         pieces = [gathered(weights[name], write) for name in names]
         if write:
             tensor = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
@@ -264,9 +263,6 @@ def save_model(model, folder, chat_template=None, write=True):
             (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
-# Score models
-
-
 def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
     """(score model, its tokenizer). template None: alpaca for safe-rlhf's models, else the tokenizer's own."""
     folder = find_folder(name_or_dir)
@@ -278,7 +274,10 @@ def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
     return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))
 
 
-# What load_adapter reads of adapter_config.json, and keys that do not change what the adapter computes.
+# Adapters in PEFT's format, and mixtures
+
+
+# What load_adapter reads of adapter_config.json, and keys that do not change what the adapter computes
 READ_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
 HARMLESS_KEYS = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
                  "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"}
@@ -293,17 +292,11 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others, such as 
 
 def peft_modules(model):
     """{PEFT's name of a linear layer: our names of it}: the same but for GPT-2, whose c_attn is our q, k and v."""
-    modules = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            name = name.removesuffix(".base")
-            modules.setdefault(stored_name(model.config, name), []).append(name)
-    return modules
+    return stored_layout(model, [name.removesuffix(".base") for name, module in model.named_modules()
+                                 if isinstance(module, nn.Linear)])
 
 
-def peft_tensor(module, letter):
-    """What PEFT calls A or B of a layer that it calls `module`."""
-    return f"base_model.model.{module}.lora_{letter}.weight"
+PEFT_TENSOR = "base_model.model.{}.lora_{}.weight"  # of what PEFT calls the layer, and A or B
 
 
 def fuse(layers, number):
@@ -339,14 +332,10 @@ def save_adapter(model, folder, template=None, number=0, write=True):
                if not layers.keys().isdisjoint(names)}
     for module, members in wrapped.items():
         A, B = fuse(members, number)
-        tensors[peft_tensor(module, "A")], tensors[peft_tensor(module, "B")] = A.contiguous(), B.contiguous()
+        tensors |= {PEFT_TENSOR.format(module, letter): matrix.contiguous() for letter, matrix in (("A", A), ("B", B))}
         layer = next(filter(None, members))
         growth = len(A) / layer.rank  # PEFT divides by the rank that it sees
-        alpha = layer.alpha * (math.sqrt(growth) if layer.rslora else growth)
-        if len(A) != first.rank:
-            ranks[module] = len(A)
-        if alpha != first.alpha:
-            alphas[module] = alpha
+        ranks[module], alphas[module] = len(A), layer.alpha * (math.sqrt(growth) if layer.rslora else growth)
     targets = sorted({module.rpartition(".")[2] for module in wrapped})
     if select_modules(targets, modules) != list(wrapped):  # short names only where they mean these layers and no other
         targets = sorted(wrapped)
@@ -354,8 +343,9 @@ def save_adapter(model, folder, template=None, number=0, write=True):
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.origin,
         "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora, "lora_dropout": 0.0,
         "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
-        "target_modules": targets, "rank_pattern": ranks, "alpha_pattern": alphas,
-    }
+        "target_modules": targets,
+        "rank_pattern": {module: rank for module, rank in ranks.items() if rank != first.rank},
+        "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != first.alpha}}
     with atomic_folder(folder) as temporary:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         metadata = {"trained_on": json.dumps(origin)}  # one entry: the library shuffles several
@@ -374,16 +364,15 @@ def base_hash(model):
 
 def adapter_warnings(model, folders, template=None):
     """A line for each adapter that was trained on another base or with another template than these."""
-    warnings, base = [], base_hash(model) if folders else ""
+    warnings, base, template = [], base_hash(model) if folders else "", template or "chat"
     for folder in folders:
         path = Path(folder) / "adapter_model.safetensors"
         with safe_open(path, "pt") as file:
             metadata = read_json(path, text=(file.metadata() or {}).get("trained_on", "{}"))
         if metadata.get("base", base) != base:
             warnings.append(f"warning: {folder} was trained on other base weights than those of {model.origin}")
-        if metadata.get("template", template or "chat") != (template or "chat"):
-            warnings.append(f"warning: {folder} was trained with --template {metadata['template']}, not "
-                            f"{template or 'chat'}")
+        if metadata.get("template", template) != template:
+            warnings.append(f"warning: {folder} was trained with --template {metadata['template']}, not {template}")
     return warnings
 
 
@@ -415,11 +404,11 @@ def read_adapter(model, folder):
         rank = pattern_value(config.get("rank_pattern"), module, config["r"], where)
         alphas[module] = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"], where)
         bases = [model.get_submodule(name) for name in modules[module]]
-        shapes[peft_tensor(module, "A")] = rank, bases[0].in_features
-        shapes[peft_tensor(module, "B")] = sum(base.out_features for base in bases), rank
+        shapes[PEFT_TENSOR.format(module, "A")] = rank, bases[0].in_features
+        shapes[PEFT_TENSOR.format(module, "B")] = sum(base.out_features for base in bases), rank
     tensors = dict(check_tensors(read_tensors(path), shapes, path))
     for module, alpha in alphas.items():
-        A, B = (tensors[peft_tensor(module, letter)] for letter in "AB")
+        A, B = (tensors[PEFT_TENSOR.format(module, letter)] for letter in "AB")
         for name, rows in zip(modules[module], B.chunk(len(modules[module]))):
             layers[name] = A, rows, alpha, bool(config.get("use_rslora"))
     return layers
@@ -427,10 +416,8 @@ def read_adapter(model, folder):
 
 @torch.no_grad()
 def load_adapter(model, *folders):
-    """Wrap the model with the adapters in these folders (PEFT's format), one expert each. Returns the model.
-
-    Raises UserError when one does not fit the model, or they differ in layers, rank or alpha.
-    """
+    """Wrap the model with the adapters in these folders (PEFT's format), one expert each. Returns the model. Raises
+    UserError when one does not fit the model, or they differ in layers, rank or alpha."""
     assert not expert_layers(model), "the model has experts already; merge_experts(model) first"
     adapters = [read_adapter(model, folder) for folder in folders]
     shapes = [{name: (len(A), *scaling) for name, (A, _, *scaling) in layers.items()} for layers in adapters]
@@ -525,7 +512,7 @@ def load_trained(run, base, dtype=torch.float32, device="cpu"):
     raise UserError(f"{run}: no trained weights (no model, adapter, experts); did the run finish?")
 
 
-# Finished runs
+# Runs
 
 
 def load_policy(run, dtype="float32", device="cpu"):

@@ -189,7 +189,10 @@ def whole_lines(path):
 
 def hash_bytes(*pieces, size=16):
     """Hash of these bytes, one piece after the other: so many bytes, as hex digits."""
-    return hashlib.blake2b(b"".join(pieces), digest_size=size).hexdigest()
+    digest = hashlib.blake2b(digest_size=size)
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def content_hash(*parts):
@@ -200,7 +203,7 @@ def content_hash(*parts):
             with open(part, "rb") as file:
                 return hashlib.file_digest(file, "blake2b").digest()
         if hasattr(part, "__array__"):
-            tensor = gathered(torch.as_tensor(part)).detach().cpu().contiguous()
+            tensor = torch.as_tensor(gathered(part)).detach().cpu().contiguous()
             return tensor.dtype, tensor.shape, hash_bytes(tensor.flatten().view(torch.uint8).numpy())
         return part
     return hash_bytes(repr([describe(part) for part in parts]).encode())

@@ -1,13 +1,11 @@
-"""Preference data: comparisons, the views that turn them into pairs, chat templates, and score models.
+"""Preference data: rows of files -> comparisons -> pairs.
 
-Comparisons come from a source (`load_comparisons`), a view orders them into pairs (`VIEWS`), a `Tokenizer` renders
-their prompts; losses.py packs them, beside the log-probs that it computes.
+Read in this order: Comparison and Pair, a parser for each layout of rows, the files of a source and which prompts are
+held out (`load_sources`), labels, and the views that order comparisons into pairs (`VIEWS`, `apply_view`).
 """
 import codecs
 import difflib
 import gzip
-import hashlib
-import itertools
 import json
 import lzma
 import re
@@ -18,9 +16,8 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 
-from common import KINDS, UserError, first_line
+from common import HUB_FAILED, KINDS, NOT_JSON, UserError, hash_bytes, one_line
 
 
 @dataclass(slots=True)
@@ -88,9 +85,8 @@ def get_prompt(row, name="prompt"):
 
 def parse_saferlhf(row):
     """PKU-SafeRLHF: both labels on each comparison."""
-    unsafe = tuple(not get(row, f"is_response_{i}_safe", "true or false") for i in (0, 1))
-    labels = dict(better=get(row, "better_response_id", "0 or 1"), safer=get(row, "safer_response_id", "0 or 1"),
-                  unsafe=unsafe)
+    labels = dict(unsafe=tuple(not get(row, f"is_response_{i}_safe", "true or false") for i in (0, 1)),
+                  better=get(row, "better_response_id", "0 or 1"), safer=get(row, "safer_response_id", "0 or 1"))
     return get_prompt(row), tuple(get(row, f"response_{i}", "text") for i in (0, 1)), [(0, 1, labels)]
 
 
@@ -130,10 +126,8 @@ ASPECTS = {"helpfulness": "helpfulness", "honesty": "honesty", "truthfulness": "
 
 
 def parse_ultrafeedback(row):
-    """UltraFeedback: for each aspect, the best rated completion against the worst; none where all are rated alike.
-
-    Ratings are text, "N/A" where there is none. All six pairs of an aspect would repeat the same texts.
-    """
+    """UltraFeedback: for each aspect, the best rated completion against the worst; none where all are rated alike. All
+    six pairs of an aspect would repeat the same texts. Ratings are text, "N/A" where there is none."""
     prompt, completions = get_prompt(row, "instruction"), get(row, "completions", "a list")
     if not all(isinstance(completion, dict) for completion in completions):
         raise UserError("'completions' has an entry that is not an object")
@@ -185,6 +179,27 @@ def get_scores(row, count):
     return scores
 
 
+def read_lines(path):
+    """Yield (line number, line as bytes or, of a parquet file, as a dict), blank lines left out."""
+    with one_line(f"{path}: cannot be read to its end", (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error)):
+        if path.suffix == ".parquet":
+            try:
+                from pyarrow import parquet  # its errors are ValueErrors
+            except ImportError:
+                raise UserError(f"{path}: parquet files need the pyarrow package (pip install pyarrow)") from None
+            batches = parquet.ParquetFile(path).iter_batches()
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            return
+        with {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)(path, "rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+                rest = line
+                while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
+                    rest = file.readline(MAX_LINE + 1)
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if line.strip():
+                    yield number, line
+
+
 def not_a_number(constant):
     raise UserError(f"{constant} is not a number that JSON has")
 
@@ -192,41 +207,27 @@ def not_a_number(constant):
 DECODER = json.JSONDecoder(parse_constant=not_a_number)
 
 
-def read_lines(path):
-    """Yield (line number, line as bytes or, of a parquet file, as a dict), blank lines left out."""
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-            batches = parquet.ParquetFile(path).iter_batches()
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-            return
-        with opener(path, "rb") as file:
-            for number in itertools.count(1):
-                line = rest = file.readline(MAX_LINE + 1)
-                while len(rest) > MAX_LINE and not rest.endswith(b"\n"):
-                    rest = file.readline(MAX_LINE + 1)
-                if not line:
-                    return
-                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                if line.strip():
-                    yield number, line
-    except ImportError:
-        raise UserError(f"{path}: parquet files need the pyarrow package (pip install pyarrow)") from None
-    except (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error) as error:  # pyarrow's are ValueErrors
-        raise UserError(f"{path}: cannot be read to its end ({first_line(error)})") from None
+def parse_line(line):
+    """The row on a line of `read_lines`, a dictionary."""
+    if isinstance(line, dict):
+        return line
+    if len(line) > MAX_LINE:
+        raise UserError(f"the line is longer than {MAX_LINE >> 20} MB")
+    with one_line("not JSON", NOT_JSON):
+        row = DECODER.decode(line.decode("utf-8"))
+    if not isinstance(row, dict):
+        raise UserError("not a JSON object; one on each line is expected")
+    return row
 
 
-def read_rows(paths, counts=None, skip_bad_rows=False):
-    """Yield (row, prompt, responses, labels, "file:line") of every row in files of one layout.
-
-    A bad row raises UserError with file:line; with skip_bad_rows it is counted and left out.
-    """
-    layout, counts, first_bad = None, Counter() if counts is None else counts, None
+def read_rows(paths, counts, skip_bad_rows=False):
+    """Yield (row, prompt, responses, labels, "file:line") of every row in files of one layout. counts: a Counter of the
+    rows. A bad one raises UserError with file:line; with skip_bad_rows it is counted and left out."""
+    layout, first_bad = None, None
     for path in paths:
         for number, line in read_lines(path):
             try:
-                row = line if isinstance(line, dict) else parse_line(line)
+                row = parse_line(line)
                 fits = next((name for name, (fields, _) in LAYOUTS.items() if row.keys() >= set(fields)), None)
                 if layout is None and fits is None:
                     layouts = "; ".join(", ".join(fields) for fields, _ in LAYOUTS.values())
@@ -243,8 +244,7 @@ def read_rows(paths, counts=None, skip_bad_rows=False):
                 counts[f"bad rows skipped (first: {first_bad})"] += 1
                 continue
             counts["rows"] += 1
-            if layout == "hh-rlhf" and not isinstance(labels, str):
-                # The folder's name, not the row, says which preference the annotators were asked about
+            if layout == "hh-rlhf" and not isinstance(labels, str):  # its folder says what the annotators were asked
                 group = re.match("harmless|helpful|", path.parent.name)[0]
                 labels = [(0, 1, dict(better=0, safer=0 if group == "harmless" else None, group=group))]
             yield row, prompt, responses, labels, f"{path}:{number}"
@@ -252,20 +252,8 @@ def read_rows(paths, counts=None, skip_bad_rows=False):
         raise UserError(first_bad or f"{', '.join(map(str, paths))}: no rows")
 
 
-def parse_line(line):
-    """bytes -> dict."""
-    if len(line) > MAX_LINE:
-        raise UserError(f"the line is longer than {MAX_LINE >> 20} MB")
-    try:
-        row = DECODER.decode(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise UserError(f"not JSON ({first_line(error)})") from None
-    if not isinstance(row, dict):
-        raise UserError("not a JSON object; one on each line is expected")
-    return row
+# Sources: where files are, which comparisons are held out; labels that are missing, and label noise
 
-
-# Sources: where files are, which comparisons are held out, and label noise
 
 # name: (dataset on the hub, pattern of the files in it that are meant)
 SOURCES = {"pku-saferlhf": ("PKU-Alignment/PKU-SafeRLHF", ""),
@@ -280,17 +268,13 @@ SOURCES = {"pku-saferlhf": ("PKU-Alignment/PKU-SafeRLHF", ""),
 def source_files(source):
     """(training files, test files) of a named source, a folder in its layout, or a single file. Files are told
     apart by their names; where none is named after a split, all are for training."""
-    repo, wanted = SOURCES.get(source, (None, ""))
+    (repo, wanted), root = SOURCES.get(source, (None, "")), Path(source)
     if repo:
-        try:
+        with one_line(f"--data {source}: give a folder that holds its files; the hub does not list {repo}", HUB_FAILED):
             names = huggingface_hub.list_repo_files(repo, repo_type="dataset")
-        except (RepositoryNotFoundError, HTTPError, OSError) as error:
-            raise UserError(f"--data {source}: the hub does not list {repo} ({first_line(error)}); "
-                            "a folder that holds its files works as well") from None
+    elif root.is_file():
+        return [root], []
     else:
-        root = Path(source)
-        if root.is_file():
-            return [root], []
         names = [path.relative_to(root).as_posix() for path in root.rglob("*")]
     names = sorted(name for name in names if re.search(wanted, name))
     tables = [name for name in names if re.search(r"\.jsonl(\.gz|\.xz)?$", name)]
@@ -305,11 +289,9 @@ def source_files(source):
         raise UserError(f"--data {source}: no .jsonl, .jsonl.gz, .jsonl.xz or .parquet file to train on")
     if not repo:
         return [root / name for name in train], [root / name for name in test]
-    try:
+    with one_line(f"--data {source}: {repo} cannot be downloaded", HUB_FAILED):
         return tuple([Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset")) for name in names]
                      for names in (train, test))
-    except (HTTPError, OSError) as error:
-        raise UserError(f"--data {source}: {repo} cannot be downloaded ({first_line(error)})") from None
 
 
 def check_source(source):
@@ -320,9 +302,9 @@ def check_source(source):
 
 
 def prompt_hash(prompt, seed=0):
-    """64-bit hash of a prompt without the spaces at its ends."""
+    """64-bit hash of a prompt without the spaces at its ends. Which prompts are held out depends on its value."""
     text = prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-    return int.from_bytes(hashlib.blake2b(f"{seed} {text}".encode(), digest_size=8).digest(), "big")
+    return int(hash_bytes(f"{seed} {text}".encode(), size=8), 16)
 
 
 def read_comparisons(paths, counts, skip_bad_rows=False):
@@ -331,8 +313,7 @@ def read_comparisons(paths, counts, skip_bad_rows=False):
     for row, prompt, responses, labels, where in read_rows(paths, counts, skip_bad_rows):
         if isinstance(labels, str):
             counts[f"dropped ({labels})"] += 1
-            continue
-        for i, j, fields in labels:
+        for i, j, fields in labels if isinstance(labels, list) else ():
             numbers = (i,) if i == j else (i, j)
             scores = row["scores"] and {name: [values[k] for k in numbers] for name, values in row["scores"].items()}
             fields = {"prompt": prompt, "scores": scores, "row": where, **fields}
@@ -346,11 +327,11 @@ def load_comparisons(train_files, test_files, seed=0, held_out=0.02, skip_bad_ro
     The test files are held out where there are any. Otherwise held_out is the share of the prompts to hold out: the
     hash of seed and prompt decides, so adding or moving rows does not move other prompts between the two.
     """
-    counts, test = Counter(), []
+    counts = Counter()
     train = read_comparisons(train_files, counts, skip_bad_rows)
     if test_files:
         test = read_comparisons(test_files, counts, skip_bad_rows)
-    elif held_out:
+    else:
         isolated = [prompt_hash(c.prompt, seed) < held_out * 2**64 for c in train]
         train, test = ([c for c, out in zip(train, isolated) if out == wanted] for wanted in (False, True))
     kept, dropped = without_prompts(train, test)
@@ -370,11 +351,10 @@ def load_sources(sources, seed=0, held_out=0.02, skip_bad_rows=False):
     """`load_comparisons` of several sources together, no prompt in both. Where there are several, each is a group."""
     train, test, lines = [], [], []
     for source in sources:
-        parts = load_comparisons(*source_files(source), seed, held_out, skip_bad_rows)
-        if len(sources) > 1:
-            for comparison in (*parts[0], *parts[1]):
-                comparison.group = source
-        train, test, lines = train + parts[0], test + parts[1], lines + parts[2]
+        to_train, to_test, about = load_comparisons(*source_files(source), seed, held_out, skip_bad_rows)
+        for comparison in (*to_train, *to_test) if len(sources) > 1 else ():
+            comparison.group = source
+        train, test, lines = train + to_train, test + to_test, lines + about
     train, dropped = without_prompts(train, test)
     return train, test, lines + dropped
 
@@ -388,35 +368,33 @@ def require(items, label, who):
     """Raise UserError if some of these comparisons or pairs lack a label that `who` needs; names the first such row."""
     lacking = [item for item in items if getattr(item, label) is None]
     if lacking:
-        line = f"{who}: {len(lacking)} of {len(items)} comparisons have no {LABELS[label]}"
+        message = f"{who}: {len(lacking)} of {len(items)} comparisons have no {LABELS[label]}"
         path, _, number = lacking[0].row.rpartition(":")
         if path:
-            row = next(row for n, row in read_lines(Path(path)) if n == int(number))
-            fields = [name for name in (row if isinstance(row, dict) else parse_line(row)) if name != "scores"]
+            line = next(line for n, line in read_lines(Path(path)) if n == int(number))
+            fields = [name for name in parse_line(line) if name != "scores"]
             near = difflib.get_close_matches("chosen_unsafe", set(fields) - {"chosen", "rejected"}, 1, 0.7)
-            line += f"; the first is {lacking[0].row}, with fields {', '.join(fields)}" + "".join(
+            message += f"; the first is {lacking[0].row}, with fields {', '.join(fields)}" + "".join(
                 f": is {name} meant to be chosen_unsafe?" for name in near)
-        raise UserError(line)
+        raise UserError(message)
 
 
 def carry_scores(sources, name):
     """True if the first row of every source has scores of this name."""
-    return all(name in (next(read_rows(source_files(source)[0]))[0]["scores"] or ()) for source in sources)
+    first_rows = (next(read_rows(source_files(source)[0], Counter()))[0] for source in sources)
+    return all(name in (row["scores"] or ()) for row in first_rows)
 
 
 def flip_labels(comparisons, flip_safety, flip_preference, seed):
     """Flip labels at random, in place: each response's safety flag with probability flip_safety, and which response
-    is better with probability flip_preference. Returns a line with their counts.
-
-    Where exactly one flag says safe, `safer` follows it, so that the two labels agree.
-    """
+    is better with probability flip_preference. Where exactly one flag says safe, `safer` follows it, so that the two
+    labels agree. Returns a line with their counts."""
     if flip_safety:
         require(comparisons, "unsafe", "--flip_safety")
     draws = np.random.default_rng([seed, 1]).random((len(comparisons), 3)) < (flip_safety, flip_safety, flip_preference)
     for comparison, (first, second, preference) in zip(comparisons, draws.tolist()):
         if first or second:
-            unsafe = comparison.unsafe[0] != first, comparison.unsafe[1] != second
-            comparison.unsafe = unsafe
+            unsafe = comparison.unsafe = comparison.unsafe[0] != first, comparison.unsafe[1] != second
             comparison.safer = int(unsafe[0]) if unsafe[0] != unsafe[1] else comparison.safer
         comparison.better ^= preference
     return f"label noise: {draws[:, :2].sum()} safety flags and {draws[:, 2].sum()} preferences flipped"
@@ -515,10 +493,7 @@ def cost_pairs(comparison):
 
 def apply_view(name, comparisons, responses=2):
     """Pairs of a view, and one line that says what became of the comparisons. responses: 1 for SFT, whose rows may have
-    a single one.
-
-    Raises UserError when the comparisons lack labels or responses that are needed, or when no pair is left.
-    """
+    a single one. Raises UserError when labels or responses that are needed are absent, or when no pair is left."""
     for label in VIEWS[name].needs:
         require(comparisons, label, f"view {name}")
     single = next((comparison.row for comparison in comparisons if len(comparison.responses) < responses), None)
@@ -527,14 +502,11 @@ def apply_view(name, comparisons, responses=2):
     counts, pairs = Counter(), []
     for comparison in comparisons:
         outcome, pair = VIEWS[name](comparison)
-        if pair is not None:
-            texts = [pair.chosen.strip(), pair.rejected.strip()][:len(comparison.responses)]
-            if "" in texts or len(set(texts)) < len(texts):
-                outcome = f"dropped ({'an empty response' if '' in texts else 'identical responses'})"
-                pair = None
+        texts = [text.strip() for text in (pair.chosen, pair.rejected)[:len(comparison.responses)]] if pair else []
+        if "" in texts or len(set(texts)) < len(texts):
+            outcome, pair = f"dropped ({'an empty response' if '' in texts else 'identical responses'})", None
         counts[outcome] += 1
-        if pair is not None:
-            pairs.append(pair)
+        pairs += [pair] if pair else []
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items(), reverse=True))
     line = f"view {name}: {len(comparisons)} comparisons, {outcomes or 'nothing kept'}"
     if not pairs:

@@ -7,8 +7,8 @@ With every expert a pair (A_k: R×D_in, B_k: D_out×R), stacked to A: (K·R)×D_
 One expert with w = 1 is plain LoRA (arXiv 2106.09685); w = 0 is the base model. The weights w come from a router in
 every layer (MidPO, PMoL), or are one-hot for a whole expert policy (Mix- and MoE-DPO), which a gate chooses.
 
-Read in this order: routers, the gate, ExpertLinear, attaching and freezing experts, log-probs of whole experts,
-then adapter and mixture files.
+Read in this order: routers, the gate, ExpertLinear, attaching and freezing experts, log-probs of the experts as whole
+policies, which of them answers, merging.
 Letters in shape comments: B rows, T tokens per row, N pairs, K experts, R rank (in log-probs: responses), D width,
 L wrapped layers.
 """
@@ -24,16 +24,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from batch import batches, encode, longest, sequence_logps
-from common import UserError, first_line, gathered, shard_like
+from common import UserError, gathered, one_line, shard_like
 
 
 # Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
 
 
 class Router(nn.Module):
-    """What the routers have in common. forward(x) gives probabilities, (..., K) or with an empty expert (..., K + 1),
-    which losses and reports read; mix turns them into the weights that mix the experts, here the same. A hard router
-    overrides mix alone, so that its losses still see probabilities.
+    """What the routers have in common. forward(x) gives the probabilities of the experts for each token, (..., K), or
+    (..., K + 1) with an empty expert; losses and reports read them. mix(probabilities) gives the weights by which the
+    experts' outputs are summed: the same numbers, except in a router that chooses experts, such as the best two.
 
     spec: the settings that `make_router` makes the same router from.
     """
@@ -47,8 +47,8 @@ class Router(nn.Module):
 
 
 class ConstantRouter(Router):
-    """The same weights for every token: (K,), or (parts, K), one for each of so many equal parts of the rows. Plain
-    LoRA is one expert with weight 1."""
+    """The same weights for every token, (K,), or for every token of a block of rows: (P, K) for P blocks of equal size.
+    Plain LoRA is one expert with weight 1."""
 
     def __init__(self, weights):
         weights = torch.as_tensor(weights, dtype=torch.float32)
@@ -90,7 +90,7 @@ class SigmoidRouter(Router):
         if torch.is_grad_enabled() or self.cached is None or self.cached[0] != versions:
             device = self.networks[0][0].weight.device.type
             with torch.autocast(device, enabled=False):  # a product of weights, not of tokens: float32 costs nothing
-                vectors, biases = (torch.cat(parts) for parts in zip(*map(self.chain, self.networks)))
+                vectors, biases = map(torch.cat, zip(*map(self.chain, self.networks)))
             self.cached = None if torch.is_grad_enabled() else (versions, vectors, biases)
             return vectors, biases
         return self.cached[1:]
@@ -276,8 +276,7 @@ def perturb_experts(model, deviation, seed=0):
     """Add normal noise of this standard deviation to every expert's B, so that equal experts start apart."""
     generator = torch.Generator().manual_seed(seed)
     for layer in expert_layers(model).values():
-        noise = torch.empty(layer.lora_B.shape).normal_(0, deviation, generator=generator)
-        layer.lora_B += noise.to(layer.lora_B.device)
+        layer.lora_B += torch.normal(0.0, deviation, layer.lora_B.shape, generator=generator).to(layer.lora_B.device)
     return model
 
 
@@ -297,9 +296,7 @@ def add_head_copies(model, num_experts, seed=0):
 
 def add_gate(model, gate, groups=()):
     """Give a mixture its gate: a learned kind ("constant", "prompt", "user") or K positive numbers, its fixed weights.
-
-    groups: the users of a gate on users. Returns the model.
-    """
+    groups: the users of a gate on users. Returns the model."""
     width, kind = model.config.hidden_size, gate if isinstance(gate, str) else "fixed"
     weights = [weight / sum(gate) for weight in gate] if kind == "fixed" else ()
     model.gate = Gate(kind, count_experts(model), width, groups if kind == "user" else (), weights)
@@ -328,25 +325,23 @@ def select_modules(targets, names, where="lora_targets"):
 
 def matches(pattern, name, where):
     """True if a regular expression matches the whole name. Raises UserError if it is none, or may take for ever."""
-    try:
-        if not re.search(r"\)[*+{]", pattern):
-            return re.fullmatch(pattern, name) is not None
-        error = "it repeats a group"
-    except (re.error, OverflowError, RecursionError) as raised:
-        error = first_line(raised)
-    raise UserError(f"{where}: {pattern!r:.60} cannot be used as a regular expression ({error})")
+    with one_line(f"{where}: {pattern!r:.60} cannot be used as a regular expression",
+                  (re.error, OverflowError, RecursionError)):
+        if re.search(r"\)[*+{]", pattern):
+            raise re.error("it repeats a group")
+        return re.fullmatch(pattern, name) is not None
 
 
 def wrap_linear(model, name, rank, alpha, num_experts=1, **settings):
     """Put an ExpertLinear in the place of the linear layer called `name`, and return it."""
-    parent, _, key = name.rpartition(".")
     layer = ExpertLinear(model.get_submodule(name), rank, alpha, num_experts, **settings)
-    setattr(model.get_submodule(parent), key, layer)
+    model.set_submodule(name, layer)
     return layer
 
 
 def use_expert(model, number):
-    """Route every row to this expert until changed. number: one for all rows, or for each of equal parts of them."""
+    """Give this expert weight 1 and the others 0, until changed. number: () for all rows of a batch, or (P,), one for
+    each of P blocks of rows of equal size."""
     number = torch.as_tensor(number, device=model.model.embed_tokens.weight.device)
     one_hot = (number[..., None] == torch.arange(count_experts(model), device=number.device)).float()  # (…, K)
     for layer in expert_layers(model).values():
@@ -442,8 +437,7 @@ def merge_experts(model):
             layer.base.weight = nn.Parameter(layer.base.weight.clone())
             model.config = replace(model.config, tied=False, hf={**model.config.hf, "tie_word_embeddings": False})
         layer.base.weight.copy_(shard_like(layer.merged_weight(), layer.base.weight))
-        parent, _, key = name.rpartition(".")
-        setattr(model.get_submodule(parent), key, layer.base)
+        model.set_submodule(name, layer.base)
     return model
 
 

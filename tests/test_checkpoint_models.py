@@ -334,6 +334,8 @@ def test_all_eos_ids_of_generation_config_are_read(tmp_path):
      "model.safetensors: unexpected tensor model.layers.2.mlp.up_proj.weight"),
     (lambda t: t.update({"model.norm.weight": torch.ones(23)}),
      "model.safetensors: model.norm.weight has shape (23,), the settings make it (24,)"),
+    (lambda t: t.update({"model.norm.weight": torch.tensor(1.0)}),
+     "model.safetensors: model.norm.weight has shape (), the settings make it (24,)"),
     (lambda t: t.update({"model.norm.weight": torch.ones(24, dtype=torch.int8)}),
      "model.safetensors: model.norm.weight is stored as I8, which is not supported")])
 def test_a_tensor_that_does_not_fit_is_named(change, says, tmp_path):

@@ -4,7 +4,9 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import batch as batch_file
 import checkpoint
@@ -176,6 +178,17 @@ def test_the_hash_of_files_sees_where_one_ends_and_the_next_begins(tmp_path):
     assert len({hash_of(*texts) for texts in contents}) == len(contents)
     assert hash_of("ab", "c") == hash_of("ab", "c")
     assert len({content_hash(*settings) for settings in (("a", "b"), ("ab",), ("b", "a"), ("a", None))}) == 4
+
+
+def test_the_hash_of_arrays_and_tensors_sees_type_shape_and_every_number():
+    values = np.arange(100_000, dtype=np.int32)  # so many that numpy and torch print some only
+    changed = values.copy()
+    changed[50_000] = 0
+    parts = (values, changed, values.reshape(100, 1000), values.astype(np.int64), torch.zeros(2),
+             torch.zeros(2, dtype=torch.bfloat16), torch.zeros(()), torch.zeros(0), "zeros")
+    assert len({content_hash(part) for part in parts}) == len(parts)
+    assert content_hash(values) == content_hash(torch.from_numpy(values)) == content_hash(values[::-1][::-1])
+    assert content_hash(values, "a") != content_hash("a", values)
 
 
 def test_an_input_that_lies_in_the_run_folder_is_refused(quick):

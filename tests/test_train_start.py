@@ -10,7 +10,8 @@ import methods
 from chat import Tokenizer
 from checkpoint import adapter_warnings, base_hash, load_adapter, load_model, save_model
 from common import read_json
-from conftest import BASE, first_batch, ids_of, load_run, logp_alone, mistake, pair_logps, rows, run, small_pairs
+from conftest import (BASE, FIXTURES, first_batch, ids_of, load_run, logp_alone, mistake, pair_logps, rows, run,
+                      small_pairs)
 from lora_moe import merge_experts, trainable_parameters
 
 SFT = ("--method", "sft", "--lora_rank", 4, "--lora_targets", "q_proj,down_proj", "--lr", 1e-2, "--max_steps", 6)
@@ -144,6 +145,12 @@ def test_the_hash_of_a_base_does_not_see_its_experts(adapter):
     model = load_model(BASE)
     before = base_hash(model)
     assert base_hash(load_adapter(model, adapter)) == before
+
+
+@pytest.mark.parametrize("name, expected", (("llama", "ffe105a948f695172405c45863074fea"),
+                                            ("gpt2", "737b877e1e7b8f69292e4c2a7b365bf9")))
+def test_the_hash_of_a_base_is_the_one_in_the_files_of_adapters_that_exist(name, expected):
+    assert base_hash(load_model(FIXTURES / name)) == expected
 
 
 def test_peft_finds_a_local_base_from_any_folder(adapter):
