@@ -32,8 +32,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def find_folder(name_or_dir):
-    """The local folder of a checkpoint; a hub id is downloaded first, weights and tokenizer files only. Raises UserError
-    when there is no such folder and the hub does not have or cannot be asked for the id."""
+    """The local folder of a checkpoint; a hub id is downloaded first, weights and tokenizer files only. Raises
+    UserError when there is no such folder and the hub does not have or cannot be asked for the id."""
     folder, name = Path(name_or_dir), str(name_or_dir)
     if (folder / "config.json").is_file():
         return folder
@@ -98,11 +98,8 @@ def read_tensors(path, dtype=None):
 
 
 def read_safetensors(path, dtype):
-    """Yield (path, name, tensor), read through a small buffer into memory of its own.
-
-    The library's tensors are a map of the file: its pages would stay in memory beside every converted copy, and the
-    weights would change when the file is rewritten.
-    """
+    """Yield (path, name, tensor), read through a small buffer into memory of its own. The library's tensors are a map
+    of the file: its pages would stay in memory beside every converted copy, and weights would change with the file."""
     with safe_open(path, framework="pt"):
         pass  # checks the header: sizes, overlaps, the length of the file
     buffer = torch.empty(2 ** 22, dtype=torch.uint8)
@@ -214,11 +211,10 @@ def load_weights(model, folder, dtype, device):
 
 
 def load_model(name_or_dir, dtype=torch.float32, device="cpu", mesh=None, kind=Transformer):
-    """Load a folder in Hugging Face layout, or a hub id. Weights are read once, into their final place.
+    """Load a folder in Hugging Face layout, or a hub id; weights are read once, into their final place. Raises
+    UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
 
-    kind: Transformer or ScoreModel. mesh: processes over which `shard` splits the blocks before they are read; the
-    caller splits the rest. Raises UserError naming the file and the tensor that is missing, unexpected, wrongly shaped
-    or cut short.
+    kind: Transformer or ScoreModel. mesh: processes over which the blocks are sharded first, by `shard`.
     """
     folder = find_folder(name_or_dir)
     config = read_config(folder)  # computes RoPE's frequencies, for which the meta device would import torch._refs
@@ -288,6 +284,7 @@ EXPERTS_KEYS = {"a whole number from 1 to a million": "num_experts rank hidden",
                 "a number above 0": "alpha temperature", "true or false": "rslora empty", "text": "base type kind",
                 "a list of texts": "layers groups", "an object": "router gate", "a list": "weights"}
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others, such as PiSSA, change the base weights too
+PEFT_TENSOR = "base_model.model.{}.lora_{}.weight"  # of what PEFT calls a layer, and A or B
 
 
 def peft_modules(model):
@@ -296,15 +293,10 @@ def peft_modules(model):
                                  if isinstance(module, nn.Linear)])
 
 
-PEFT_TENSOR = "base_model.model.{}.lora_{}.weight"  # of what PEFT calls the layer, and A or B
-
-
 def fuse(layers, number):
     """A (R, D_in) and B (D_out, R) of expert `number` in a PEFT layer that is several of ours, None being one without
-    experts: GPT-2's q, k and v share one A.
-
-    In a loaded adapter they still do. Trained separately they do not: then A stacks theirs and B is block-diagonal.
-    """
+    experts: GPT-2's q, k and v share one A. In a loaded adapter they still do. Trained separately they do not: then A
+    stacks those of the three and B is block-diagonal."""
     experts = {i: (layer.lora_A.detach().unflatten(0, (-1, layer.rank))[number],
                    layer.lora_B.detach().unflatten(1, (-1, layer.rank))[:, number])
                for i, layer in enumerate(layers) if layer is not None}
@@ -317,11 +309,9 @@ def fuse(layers, number):
 
 
 def save_adapter(model, folder, template=None, number=0, write=True):
-    """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors.
-
-    Its metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`.
-    With sharded weights all processes call it, and one has to write.
-    """
+    """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors, whose
+    metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`. With
+    sharded weights all processes call it, and one has to write."""
     assert not is_routed(model), "PEFT's format holds experts without a router"
     origin = {"base": base_hash(model), "template": template or "chat"}
     if not write:
@@ -489,11 +479,9 @@ def export_experts(model, folder, template=None):
 
 
 def save_trained(model, out, template=None, chat_template=None, write=True):
-    """Write what was trained: out/model (a whole model), out/adapter (one expert, for PEFT) or out/experts.
-
-    template: the name of the prompt format; chat_template: its text, where it is not the tokenizer's. With sharded
-    weights all processes call it, and one has to write.
-    """
+    """Write what was trained: out/model (all weights), out/adapter (one expert, for PEFT) or out/experts. template: the
+    name of the prompt format; chat_template: its text, where it is not the tokenizer's. With sharded weights all
+    processes call it, and one has to write."""
     if isinstance(model, ScoreModel) or not count_experts(model):
         save_model(merge_experts(model), out / "model", chat_template, write)
     elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:

@@ -322,11 +322,9 @@ def read_comparisons(paths, counts, skip_bad_rows=False):
 
 
 def load_comparisons(train_files, test_files, seed=0, held_out=0.02, skip_bad_rows=False):
-    """(training comparisons, held-out comparisons, lines of counts to print); no prompt is in both.
-
-    The test files are held out where there are any. Otherwise held_out is the share of the prompts to hold out: the
-    hash of seed and prompt decides, so adding or moving rows does not move other prompts between the two.
-    """
+    """(training comparisons, held-out comparisons, lines of counts to print); no prompt is in both. The test files are
+    held out where there are any. Otherwise held_out is the fraction of the prompts to hold out: the hash of seed and
+    prompt decides, so adding or moving rows does not move other prompts between the two."""
     counts = Counter()
     train = read_comparisons(train_files, counts, skip_bad_rows)
     if test_files:

@@ -101,10 +101,8 @@ class SigmoidRouter(Router):
 
 
 class SoftmaxRouter(Router):
-    """PMoL's router (arXiv 2411.01245): softmax(W x / temperature) over K experts and the empty expert, the last slot.
-
-    The empty expert computes nothing, so the real experts' weights sum to less than 1. empty=False leaves it out.
-    """
+    """PMoL's router (arXiv 2411.01245): softmax(W x / temperature) over K experts and the empty expert, the last slot,
+    which computes nothing, so that the real experts' weights sum to less than 1. empty=False leaves it out."""
 
     def __init__(self, d_in, num_experts, generator=None, empty=True, temperature=1.0):
         super().__init__(type="softmax", empty=empty, temperature=temperature)
@@ -282,11 +280,9 @@ def perturb_experts(model, deviation, seed=0):
 
 @torch.no_grad()
 def add_head_copies(model, num_experts, seed=0):
-    """K full copies of the head as experts on one trunk (arXiv 2510.08256, Case 1). Returns the model.
-
-    Copy k is W + B_k A_k with a fixed random rotation A_k, so B_k can learn any difference. Copies start equal; with
-    A_k = I they would also get equal gradients and never part.
-    """
+    """K full copies of the head as experts on one trunk (arXiv 2510.08256, Case 1). Returns the model. Copy k is
+    W + B_k A_k with a fixed random rotation A_k, so B_k can learn any difference. Copies start equal; with A_k = I they
+    would also get equal gradients and never part."""
     width = model.config.hidden_size
     layer = add_experts(model, ["lm_head"], width, width, num_experts, seed=seed).lm_head
     rotations = torch.linalg.qr(layer.lora_A.view(-1, width, width)).Q                  # (K, D, D)
@@ -361,10 +357,10 @@ def expert_logps(model, batch):
         return torch.stack([sequence_logps(model, hidden, batch, partial(model.lm_head, weights=one_hot[k]))
                             for k in range(K)])
     use_expert(model, torch.arange(K, device=batch.tokens.device))                      # of K copies of the rows
-    copied = "tokens", "positions", "pair", "part"
-    rows = replace(batch, **{name: getattr(batch, name).repeat(K, 1) for name in copied})
-    hidden = model(rows.tokens, rows.positions, rows.mask())
-    return torch.stack([sequence_logps(model, rows, batch) for rows in hidden.chunk(K)])
+    fields = "tokens", "positions", "pair", "part"
+    copies = replace(batch, **{name: getattr(batch, name).repeat(K, 1) for name in fields})
+    hidden = model(copies.tokens, copies.positions, copies.mask())                      # (K·B, T, D)
+    return torch.stack([sequence_logps(model, states, batch) for states in hidden.chunk(K)])
 
 
 def mixture_logps(model, batch):
@@ -401,11 +397,9 @@ def pooled_states(model, encoded, batch_size=64):
 
 
 def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
-    """The expert that answers each rendered prompt, (N,).
-
-    use: "mixture" draws it from the gate's w(x), "sparse" takes the one with the largest w, a number names it;
-    UserError for any other. users: for a user gate, cycle through those with this name prefix; if empty, the average.
-    """
+    """The expert that answers each rendered prompt, (N,). use: "mixture" draws it from the gate's w(x), "sparse" takes
+    the one with the largest w, a number names it; UserError for any other. users: for a user gate, cycle through those
+    with this name prefix; if empty, the average."""
     K = len(model.gate.bias)
     if use not in ("mixture", "sparse", *map(str, range(K))):
         raise UserError(f"--use {use}: expected mixture, sparse or an expert's number from 0 to {K - 1}")
