@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from batch import response_logps
 from chat import Tokenizer
-from common import (BROKEN, DTYPES, HUB_FAILED, UserError, atomic_file, atomic_folder, check_keys, content_hash,
+from common import (BROKEN, CACHE, DTYPES, HUB_FAILED, UserError, atomic_file, atomic_folder, check_keys, content_hash,
                     gathered, hash_bytes, one_line, read_json, shard_like)
 from lora_moe import (GATES, ConstantRouter, Gate, add_experts, count_experts, expert_layers, gate_report, is_mixture,
                       is_routed, matches, merge_experts, select_modules, wrap_linear)
@@ -527,7 +527,6 @@ def started_from(config):
     return config["init_adapter"] if len(config["init_adapter"]) == 1 else ()
 
 
-LOGPS_CACHE = Path("out/cache")  # may be deleted at any time
 LOGPS_BATCH = 32  # pairs; not --batch_size, as how a batch is packed changes the last bits of a log-prob
 
 
@@ -544,7 +543,7 @@ def weights_hash(model):
 def cached_logps(model, encoded, dtype, device, processes):
     """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
     in use, tokens and precision. Every run that needs the same finds them."""
-    path = LOGPS_CACHE / f"logps-{content_hash(dtype, weights_hash(model), encoded.tokens, encoded.bounds)}.safetensors"
+    path = CACHE / f"logps-{content_hash(dtype, weights_hash(model), encoded.tokens, encoded.bounds)}.safetensors"
     if processes.once(path.is_file):
         return load_file(path)["logps"]
     logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device, processes)

@@ -169,19 +169,31 @@ def atomic_folder(folder):
         recover_folder(folder)
 
 
+# Rows that an interrupted call goes on with: the name of their file has a hash of all that they depend on
+
+CACHE = Path("out/cache")  # of what can be computed again: may be deleted at any time
+
+
 def whole_rows(path):
     """The objects on the whole lines of a .jsonl file, which may be half written; none without a file."""
     return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.is_file() else []
 
 
-def whole_lines(path):
-    """The number of whole lines of a file, which is made if need be; a line that a kill cut short is removed."""
+@contextmanager
+def appending(path):
+    """Go on with a .jsonl file, or begin it: yields the number of its rows, and a function that appends rows, each call
+    in one piece, as other processes may append too. A line that a kill cut short is removed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    with open(path, "r+b") as file:
-        whole = [len(line) for line in file if line.endswith(b"\n")]
-        file.truncate(sum(whole))
-    return len(whole)
+    with open(path, "a+b") as file:
+        file.seek(0)
+        lengths = [len(line) for line in file if line.endswith(b"\n")]
+        file.truncate(sum(lengths))
+
+    def append(*rows):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.write(text.encode("utf-8", "backslashreplace"))  # which writes a lone surrogate as JSON does
+    with open(path, "ab", buffering=0) as file:
+        yield len(lengths), append
 
 
 # Hashes

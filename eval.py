@@ -10,11 +10,13 @@
     python eval.py --make_pairs prompts.txt --model gpt2 --reward_model DIR,module:function --out pairs.jsonl
 """
 import csv
+import itertools
 import json
 import math
 import re
+from collections import ChainMap, Counter
 from dataclasses import asdict, dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +24,19 @@ from tqdm import tqdm
 
 import toy
 from batch import Encoded, encode, longest
-from chat import TEMPLATES
-from checkpoint import (LOGPS_CACHE, cached_logps, export_experts, find_folder, load_policy, load_start, read_config,
+from chat import TEMPLATES, Tokenizer
+from checkpoint import (cached_logps, export_experts, find_folder, load_model, load_policy, load_start, read_config,
                         save_model, started_from, weights_hash)
-from common import (DTYPES, Parser, UserError, as_command, check_device, check_read, check_values, content_hash,
-                    files_hash, first_line, read_json, setting, source_names, whole_lines, whole_rows, write_text)
+from common import (CACHE, DTYPES, Parser, UserError, appending, as_command, check_device, check_read, check_values,
+                    content_hash, files_hash, first_line, read_json, setting, source_names, whole_rows, write_text)
 from data import check_source, get_prompt, load_sources, parse_line, read_lines, source_files
-from judges import judge_answers, load_scorer, make_pairs, refuses, repeats, score_answers, score_file
+from judges import health, judge_answers, load_scorer, make_pairs, score_answers, score_file, score_models
 from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
 from methods import SharedFlags
 from model import stream
-from report import load_pyplot, markdown_table, means_and_errors, plot, router_report, router_table, terminal_table
-from runs import Processes, read_settings
+from report import (load_pyplot, markdown_table, mean_and_error, plot, router_report, router_table, terminal_table,
+                    win_rate)
+from runs import ALONE, Processes, read_settings
 
 
 # Prompts and answers
@@ -78,7 +81,7 @@ def read_prompts(name, count=0, seed=0, held_out=0.02):
 
 
 def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0, use="mixture", users="",
-                        max_new_tokens=64, batch_size=None, skip=()):
+                        max_new_tokens=64, batch_size=None, skip=(), show_progress=False):
     """Yield {"number", "answer", "ids", "ended", "expert"} of each prompt, text or messages, batch_size at a time
     (default: all). skip: numbers of prompts that are left out. What comes does not depend on the batch."""
     left = [i for i in range(len(prompts)) if i not in skip]
@@ -89,7 +92,8 @@ def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0,
     tokens, stops = tokenizer.encode([rendered[i] for i in left]), {*tokenizer.stop_ids, *model.config.eos_ids}
     prepare = None if experts is None else lambda numbers: use_expert(model, experts[numbers])
     rows = batch_size or len(left)
-    for i, ids in stream(model, tokens, max_new_tokens, rows, temperature, top_p, stops, seed, prepare):
+    for i, ids in tqdm(stream(model, tokens, max_new_tokens, rows, temperature, top_p, stops, seed, prepare), "answers",
+                       len(prompts), initial=len(skip), unit="answer", disable=not show_progress):
         yield {"number": left[i], "answer": tokenizer.answer(tokens[i], ids), "ids": ids, "ended": ids[-1] in stops,
                "expert": None if experts is None else int(experts[i])}
 
@@ -100,43 +104,27 @@ def answer(model, tokenizer, prompts, **settings):
     return [(row["answer"], row["ended"]) for row in rows]
 
 
-def kept_answers(model, tokenizer, prompts, folder, args, processes):
-    """The answers to rows of `read_prompts`, in their order, kept in folder/answers-….jsonl as they come, a file for
-    each process: an interrupted call goes on where it stopped. The name has a hash of all that they depend on."""
-    settings = dict(seed=args.seed, temperature=args.temperature, top_p=args.top_p, use=args.use, users=args.users,
-                    max_new_tokens=args.max_new_tokens or 512)
-    asked, stops = [row["prompt"] for row in prompts], sorted({*tokenizer.stop_ids, *model.config.eos_ids})
-    tokens = tokenizer.encode([tokenizer.render(prompt) for prompt in asked])
-    work = content_hash(weights_hash(model), tokens, stops, settings, args.dtype)
-    name = f"answers-{Path(args.prompts).stem}-{work[:12]}"
-    path = Path(folder) / (f"{name}-{processes.rank}.jsonl" if processes.rank else f"{name}.jsonl")
-    whole_lines(path)
+def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch_size=None, **settings):
+    """The rows of `answers_as_they_end`, in the order of the prompts, kept in folder/answers-name-….jsonl as they come,
+    a file for each process: an interrupted call goes on where it stopped."""
+    tokens, folder = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts]), Path(folder)
+    work = content_hash(weights_hash(model), tokens, sorted(tokenizer.stop_ids), settings)[:12]
 
-    def kept():
-        return {row["number"]: row for part in sorted(path.parent.glob(f"{name}*.jsonl")) for row in whole_rows(part)}
+    def read():
+        return {row["number"]: row for path in folder.glob(f"answers-*-{work}*.jsonl") for row in whole_rows(path)}
 
-    done = {i for i in range(len(prompts)) if i % processes.count != processes.rank} | kept().keys()
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file, tqdm(
-            desc="answers", total=len(prompts), initial=len(done), unit="answer", disable=processes.rank > 0) as bar:
-        for row in answers_as_they_end(model, tokenizer, asked, **settings, batch_size=args.batch_size, skip=done):
-            file.write(json.dumps({"prompt": asked[row["number"]], **row}, ensure_ascii=False) + "\n")
-            file.flush()
-            bar.update()
+    done = {i for i in range(len(prompts)) if i % processes.count != processes.rank} | read().keys()
+    path = folder / f"answers-{name}-{work}{f'-{processes.rank}' if processes.rank else ''}.jsonl"
+    with appending(path) as (_, append):
+        for row in answers_as_they_end(model, tokenizer, prompts, **settings, batch_size=batch_size, skip=done,
+                                       show_progress=processes.rank == 0):
+            append({"prompt": prompts[row["number"]], **row})
     processes.gather({})  # all of them are done
-    rows = kept()
+    rows = read()
     return [rows[i] for i in range(len(prompts))]
 
 
 # The toy world's table
-
-
-def cached_answers(model, tokenizer, prompts, **settings):
-    """`answer`, kept under out/cache by a hash of all that it depends on: runs from the same start ask it once."""
-    tokens, stops = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts]), sorted(tokenizer.stop_ids)
-    path = LOGPS_CACHE / f"toy-answers-{content_hash(weights_hash(model), tokens, stops, settings)}.json"
-    if not path.is_file():
-        write_text(path, json.dumps({"answers": answer(model, tokenizer, prompts, **settings)}))
-    return [tuple(one) for one in read_json(path)["answers"]]
 
 
 def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static="", preferences=()):
@@ -145,11 +133,16 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static=
 
     preferences: those of the toy world that the run mixed, which are scored as well. Returns (eval.json, samples).
     """
-    asked = {who: partial(ask, model, tokenizer, seed=seed, temperature=temperature)
-             for who, ask, model in (("base", cached_answers, base), ("policy", answer, policy))}
+    settings = {"seed": seed, "temperature": temperature}
+
+    def answer_by_base(prompts, **use):  # kept, as other runs from the same base ask it too
+        rows = kept_answers(base, tokenizer, prompts, CACHE, "toy", **settings, **use)
+        return [(row["answer"], row["ended"]) for row in rows]
+
     uses = ("sparse", *map(str, range(count_experts(policy)))) if policy.gate is not None else ()
-    report, answers = toy.report(asked, preferences, uses, split, seed)
-    report |= {"split": split, "seed": seed, "temperature": temperature}
+    answer_by = {"base": answer_by_base, "policy": partial(answer, policy, tokenizer, **settings)}
+    report, answers = toy.report(answer_by, preferences, uses, split, seed)
+    report |= {"split": split, **settings}
     if is_routed(policy):
         kinds = toy.prompts_by_kind(answers["policy"], preferences, split, seed)
         report["router"] = router_report(policy, tokenizer, kinds)
@@ -165,56 +158,40 @@ def merge_static(policy, weights):
     if not weights and (is_routed(policy) or count > 1):
         raise UserError("--merge: this run mixes its experts by token or by prompt, which no plain checkpoint does; "
                         "--static 0.5,0.5 merges them at fixed weights")
-    if not weights:
-        policy.gate = None  # of a mixture of one expert
-        return merge_experts(policy)
-    try:
-        values = [float(weight) for weight in weights.split(",")]
-    except ValueError:
-        values = []
-    if not count:
+    if weights and not count:
         raise UserError(f"--static {weights}: this run trained all weights, it has no experts to merge")
-    if len(values) != count or not all(map(math.isfinite, values)):
-        raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
     policy.gate = None
-    return merge_experts(set_routers(policy, {"type": "constant", "weights": values}))
+    if weights:
+        try:
+            values = [float(weight) for weight in weights.split(",")]
+        except ValueError:
+            values = []
+        if len(values) != count or not all(map(math.isfinite, values)):
+            raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
+        set_routers(policy, {"type": "constant", "weights": values})
+    return merge_experts(policy)
 
 
-def answer_logps(model, tokenizer, prompts, rows, args, processes):
+def answer_logps(model, tokenizer, prompts, answers, args, processes):
     """(2, N) nats per token: log π of every sampled answer, and of the response that the data prefers (nan without
     one); of a mixture under the expert that gave the answer."""
     rendered = [tokenizer.render(row["prompt"]) for row in prompts]
-    tokens = tokenizer.encode(rendered)
-    sizes = np.array([[len(before), len(row["ids"])] for before, row in zip(tokens, rows)])
-    ends = sizes.cumsum().reshape(-1, 2)
-    flat = np.array([i for before, row in zip(tokens, rows) for i in (*before, *row["ids"])], dtype=np.int32)
-    sampled = Encoded(flat, np.concatenate([ends[:, :1] - sizes[:, :1], ends], axis=1))
-    sets = [sampled] + [encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], longest(model, args.max_len))
-                        for _ in range(all(row["chosen"] for row in prompts))]
-    logps = np.full((2, len(rows)), math.nan)
-    for k in sorted({row["expert"] for row in rows}, key=str) if model.gate is not None else [None]:
+    pieces = [ids for prompt, row in zip(tokenizer.encode(rendered), answers) for ids in (prompt, row["ids"])]
+    ends = np.cumsum([len(ids) for ids in pieces]).reshape(-1, 2)
+    bounds = np.column_stack([np.append(0, ends[:-1, 1]), ends])
+    sets = [Encoded(np.array([*itertools.chain(*pieces)], dtype=np.int32), bounds)]
+    if all(row["chosen"] for row in prompts):
+        sets.append(encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], longest(model, args.max_len)))
+    logps = np.full((2, len(answers)), math.nan)
+    experts = [row["expert"] if model.gate is not None else None for row in answers]
+    for k in sorted({*experts}, key=str):
         if k is not None:
             use_expert(model, k)
-        mine = [k is None or row["expert"] == k for row in rows]
+        answered = [expert == k for expert in experts]
         for i, encoded in enumerate(sets):
-            lengths = np.diff(encoded.bounds)[:, 1]
             values = cached_logps(model, encoded, args.dtype, args.device, processes)[:, 0].numpy()
-            logps[i, mine] = (values / lengths)[mine]
+            logps[i, answered] = (values / np.diff(encoded.bounds)[:, 1])[answered]
     return logps
-
-
-def health(prompts, rows, logps, start_logps):
-    """Metrics that need no judge: length, unended and repeating answers, KL to the start per token by the answers' own
-    log-ratios, log-prob per token of the responses that the data prefers, and refusals by the rule, apart for prompts
-    labelled safe and unsafe. logps, start_logps: (2, N) of `answer_logps`."""
-    refused = [refuses(row["answer"]) for row in rows]
-    values = {"tokens": [len(row["ids"]) for row in rows], "unended": [not row["ended"] for row in rows],
-              "repeats": [repeats(row["ids"]) for row in rows]}
-    values |= {"kl": logps[0] - start_logps[0], "chosen": logps[1]}
-    for label in sorted({row["label"] for row in prompts} & {"safe", "unsafe"}) or [""]:
-        key = f"refused_{label}" if label else "refused"
-        values[key] = [one for one, row in zip(refused, prompts) if not label or row["label"] == label]
-    return means_and_errors(values)
 
 
 # Any prompts, any judges, one table
@@ -232,98 +209,125 @@ COLUMNS = {
 }
 
 
-def answer_with(runs, prompts, args, processes):
-    """Answers of runs and of the models that they started from: ({row: answers}, {row: metrics of `health`}, {row: name
-    of its start}, {row: `router_report`}, {row: `gate_report`}). One model is in memory at a time."""
-    answers, logps, members, starts, routers, gates = {}, {}, {}, {}, {}, {}
-    kinds = {label or "all": [i for i, row in enumerate(prompts) if row["label"] == label]
-             for label in dict.fromkeys(row["label"] for row in prompts)}
+@dataclass
+class Row:
+    """A row of the table: a run, or the model that runs started from."""
+    answers: list         # of `kept_answers`
+    metrics: dict         # those that are log-probs: {metric: (N,) a value for each prompt}
+    start: str = ""       # the row of the model that it started from
+    config: dict = None   # the run's settings
+    router: dict = None   # `router_report`
+    gate: dict = None     # `gate_report`
+
+
+def make_row(model, tokenizer, prompts, folder, args, processes):
+    """The Row of a model; its answers are kept in the folder."""
+    answers = kept_answers(model, tokenizer, [row["prompt"] for row in prompts], folder, Path(args.prompts).stem,
+                           processes, args.batch_size, seed=args.seed, temperature=args.temperature, top_p=args.top_p,
+                           use=args.use, users=args.users, max_new_tokens=args.max_new_tokens or 512)
+    logps, chosen = answer_logps(model, tokenizer, prompts, answers, args, processes)
+    row, by_label = Row(answers, {"logps": logps, "chosen": chosen, "kl": np.zeros(len(prompts))}), {}
+    if is_routed(model):
+        for prompt, answered in zip(prompts, answers):
+            by_label.setdefault(prompt["label"] or "all", []).append((prompt["prompt"], answered["answer"]))
+        row.router = router_report(model, tokenizer, by_label)
+    if model.gate is not None and model.gate.kind == "user":
+        row.gate = gate_report(model)
+    return row
+
+
+def make_rows(runs, prompts, args, processes):
+    """{name: Row} of the models that the runs started from, each followed by its runs; the KL of a run to its start is
+    by the answers' log-ratios, per token. One model is in memory at a time."""
+    run_rows, groups, rows = {}, {}, {}
     for run in runs:
         policy, tokenizer, config = load_policy(run, args.dtype, args.device)
         policy = merge_static(policy, args.static) if args.static else policy
-        answers[run] = kept_answers(policy, tokenizer, prompts, run, args, processes)
-        logps[run] = answer_logps(policy, tokenizer, prompts, answers[run], args, processes)
-        if is_routed(policy):
-            routers[run] = router_report(policy, tokenizer, {kind: [
-                (prompts[i]["prompt"], answers[run][i]["answer"]) for i in numbers] for kind, numbers in kinds.items()})
-        if policy.gate is not None and policy.gate.kind == "user":
-            gates[run] = gate_report(policy)
-        start = (config["base"], config["template"], *started_from(config))
-        members.setdefault(start, []).append((run, tokenizer, config))
-        if args.users and run in gates and not any(user.startswith(args.users) for user in gates[run]["users"]):
+        run_rows[run] = row = make_row(policy, tokenizer, prompts, run, args, processes)
+        row.config = config
+        if args.users and row.gate and not any(user.startswith(args.users) for user in row.gate["users"]):
             raise UserError(f"--users {args.users}: {run} has no user whose name begins so")
+        start = (config["base"], config["template"], *started_from(config))
+        groups.setdefault(start, (tokenizer, config, []))[2].append(run)
         policy = None  # before the next one takes its memory
-    metrics = {}
-    for started in members.values():
-        run, tokenizer, config = started[0]
-        name = f"start of {run}" if "start" in metrics else "start"
-        model = load_start(config, args.dtype, args.device)
-        rows = kept_answers(model, tokenizer, prompts, LOGPS_CACHE, args, processes)
-        own = answer_logps(model, tokenizer, prompts, rows, args, processes)
-        answers[name], metrics[name], starts[name] = rows, health(prompts, rows, own, own), name
-        for run, tokenizer, _ in started:
-            before = answer_logps(model, tokenizer, prompts, answers[run], args, processes)
-            metrics[run], starts[run] = health(prompts, answers[run], logps[run], before), name
+    for tokenizer, config, members in groups.values():
+        name, model = f"start of {members[0]}" if rows else "start", load_start(config, args.dtype, args.device)
+        rows[name] = make_row(model, tokenizer, prompts, CACHE, args, processes)
+        for run in members:
+            rows[run] = row = run_rows[run]
+            logps, _ = answer_logps(model, tokenizer, prompts, row.answers, args, processes)
+            row.start, row.metrics["kl"] = name, row.metrics["logps"] - logps
         model = None
-    return {name: answers[name] for name in metrics}, metrics, starts, routers, gates
+    return rows
 
 
 def evaluate_answers(runs, args):
     """Answer prompts with runs and what they started from, judge the answers in every way that is asked for, print one
     table, and write it with all settings to --out.md and --out.json. Several processes share the answering alone."""
-    processes = Processes.join()
+    processes, baseline = Processes.join(), args.baseline or "start"
     out = Path((args.out or f"out/eval-{Path(args.prompts).stem}").removesuffix(".md").removesuffix(".json"))
-    for folder in filter(None, (args.reward_model, args.cost_model)):  # mistakes first, then the long work
+    for folder in score_models(args).values():  # mistakes first, then the long work
         read_config(find_folder(folder))
     if args.plot:
         load_pyplot()
     configs = [read_json(Path(run) / "config.json") for run in runs]
-    splits = {(one["seed"], one["held_out"]) for one in configs if args.prompts in one.get("data", ())}
+    splits = {(config["seed"], config["held_out"]) for config in configs if args.prompts in config.get("data", ())}
     if len(splits) > 1 and not source_files(args.prompts)[1]:
         raise UserError(f"--prompts {args.prompts}: the runs hold out different prompts of it (--seed, --held_out)")
     prompts = read_prompts(args.prompts, args.n, *next(iter(splits), ()))
-    answers, metrics, starts, routers, gates = answer_with(runs, prompts, args, processes)
+    rows = make_rows(runs, prompts, args, processes)
     if processes.rank:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
+    answers = {name: row.answers for name, row in rows.items()}
+    judged = [{name: row.metrics for name, row in rows.items()}, health(prompts, answers),
+              score_answers(prompts, answers, baseline, args)]
+    judges = {"rule": "a refusal rule (eval.py: refuses), English only"} | {
+        kind: f"{folder} ({files_hash(find_folder(folder))[:12]})" for kind, folder in score_models(args).items()}
+    try:
+        if args.judge:
+            metrics, judges["judge"] = judge_answers(prompts, answers, baseline, args, out)
+            judged.append(metrics)
+    finally:  # the table of the other judges is written if this one fails
+        write_table(rows, runs, judged, judges, prompts, out, args)
+
+
+def averages(metrics):
+    """{key of COLUMNS: mean of the values, or share of the wins; key_se: its standard error}, nan without values."""
+    row = {}
+    for key in COLUMNS:
+        average = win_rate if key.startswith("wins_") else mean_and_error
+        row[key], row[f"{key}_se"] = average([float(value) for value in metrics.get(key, ()) if value is not None])
+    return row
+
+
+def write_table(rows, runs, judged, judges, prompts, out, args):
+    """Print the table; write it to out.md, with all settings and the reports of routers and gates to out.json, and with
+    --plot pictures. judged: [{row: metrics}]; judges: {kind: name}."""
+    table = {name: averages(ChainMap(*(metrics[name] for metrics in judged))) for name in rows}
+    headings = {key: heading for key, (heading, _) in COLUMNS.items()
+                if any(math.isfinite(row[key]) for row in table.values())}
+    routers, gates = ({run: getattr(rows[run], kind) for run in runs if getattr(rows[run], kind)}
+                      for kind in ("router", "gate"))
     baseline = args.baseline or "start"
-    judges = {"rule": "a refusal rule (eval.py: refuses), English only"}
-    judged = [score_answers(prompts, answers, baseline, args)]
-    for kind in ("reward", "cost"):
-        if folder := getattr(args, f"{kind}_model"):
-            judges[kind] = f"{folder} ({files_hash(find_folder(folder))[:12]})"
-    trouble = None
-    if args.judge:
-        try:
-            more, judges["judge"] = judge_answers(prompts, answers, baseline, args, out)
-            judged.append(more)
-        except UserError as error:  # raised below, when the other judges' table is written
-            trouble = error
-    metrics = {name: reduce(dict.__or__, (more[name] for more in judged), metrics[name]) for name in metrics}
-    shown = [key for key in COLUMNS if any(math.isfinite(row.get(key, math.nan)) for row in metrics.values())]
-    rows = {name: {key: metrics[name].get(key, math.nan) for column in shown for key in (column, f"{column}_se")}
-            for name in answers}
-    columns = {key: COLUMNS[key][0] for key in shown}
-    wins = f"wins against {baseline}, " * any(key.startswith("wins") for key in shown)
+    wins = f"wins against {baseline}, " * any(key.startswith("wins") for key in headings)
     about = [f"{len(prompts)} prompts of {args.prompts}, {wins}temperature {args.temperature}, top_p {args.top_p}, "
              f"seed {args.seed}", *(f"{kind}: {judge}" for kind, judge in judges.items())]
-    growth = {run: rows[run]["tokens"] / rows[starts[run]]["tokens"] for run in runs}
-    longer = [f"warning: {run} answers in {times:.1f} times as many tokens as its start; judges may like length"
-              for run, times in growth.items() if times > 1.5]
-    print(terminal_table(rows, columns, starts), "↑ ↓: more than two standard errors away from the start", *about,
-          *longer, *(router_table(routers[run], config) for run, config in zip(runs, configs) if run in routers),
-          f"written to {out}.md and {out}.json", sep="\n")
-    better = {key: COLUMNS[key][1] for key in shown if COLUMNS[key][1]}
-    table = markdown_table(rows, {key: heading.replace("/", " ") for key, heading in columns.items()}, better)
-    write_text(Path(f"{out}.md"), "\n".join([table, "", *(f"- {line}" for line in about), ""]))
-    numbers = {name: {key: None if math.isnan(row[key]) else row[key] for key in row} for name, row in rows.items()}
+    growth = {run: table[run]["tokens"] / table[rows[run].start]["tokens"] for run in runs}
+    warnings = [f"warning: {run} answers in {times:.1f} times as many tokens as its start; judges may like length"
+                for run, times in growth.items() if times > 1.5]
+    print(terminal_table(table, headings, {name: row.start or name for name, row in rows.items()}),
+          "↑ ↓: more than two standard errors away from the start", *about, *warnings,
+          *(router_table(router, rows[run].config) for run, router in routers.items()), f"written to {out}.md and {out}.json", sep="\n")
+    markdown = markdown_table(table, {key: heading.replace("/", " ") for key, heading in headings.items()},
+                              {key: better for key, (_, better) in COLUMNS.items() if better and key in headings})
+    write_text(Path(f"{out}.md"), "\n".join([markdown, "", *(f"- {line}" for line in about), ""]))
+    numbers = {name: {key: None if math.isnan(row[key]) else row[key] for column in headings
+                      for key in (column, f"{column}_se")} for name, row in table.items()}
     report = {"settings": asdict(args), "judges": judges, "baseline": baseline, "rows": numbers, "routers": routers,
               "gates": gates}
     write_text(Path(f"{out}.json"), json.dumps(report, indent=2) + "\n")
     if args.plot:
-        plot(rows, columns, routers, gates, runs, out)
-    if trouble:
-        raise trouble
+        plot(table, headings, routers, gates, runs, out)
 
 
 @dataclass(frozen=True)
@@ -366,21 +370,39 @@ def evaluate_runs(runs, args):
         policy, tokenizer, config = load_policy(run, args.dtype, args.device)
         if config["model"] != "toy":
             raise UserError(f"{run}: this run is about {config['model']}; name what to ask it with --prompts")
-        if args.static:
-            policy = merge_static(policy, args.static)
-        start = load_start(config, args.dtype, args.device)
-        report, _ = evaluate_run(policy, start, tokenizer, run, args.split, config["seed"], args.temperature,
-                                 args.static, toy.preferences_of(config["data"], config["groups"]))
-        name = f"{run} at {args.static}" if args.static else run
-        reports[name], configs[name] = report, config
+        policy = merge_static(policy, args.static) if args.static else policy
+        start, name = load_start(config, args.dtype, args.device), f"{run} at {args.static}" if args.static else run
+        reports[name], _ = evaluate_run(policy, start, tokenizer, run, args.split, config["seed"], args.temperature,
+                                        args.static, toy.preferences_of(config["data"], config["groups"]))
+        configs[name] = config
         if policy.gate is not None and policy.gate.kind == "user":
             gates[run] = gate_report(policy)
     print(toy.closing_tables(reports, configs))
     if args.plot:
-        shown = dict(zip(runs, reports.values()))
-        rows = {"base": shown[runs[0]]["base"]} | {run: report["policy"] for run, report in shown.items()}
-        routers = {run: report["router"] for run, report in shown.items() if "router" in report}
+        by_run = dict(zip(runs, reports.values()))
+        rows = {"base": by_run[runs[0]]["base"]} | {run: report["policy"] for run, report in by_run.items()}
+        routers = {run: report["router"] for run, report in by_run.items() if "router" in report}
         plot(rows, toy.COLUMNS, routers, gates, runs, args.out or "out/eval")
+
+
+def write_pairs(args):
+    """--make_pairs: sample answers of --model to every prompt, and pair the best with the worst by each scorer."""
+    if not (args.model and args.reward_model and args.out.endswith(".jsonl")):
+        raise UserError("--make_pairs needs --model, --reward_model and --out FILE.jsonl")
+    scorers = dict(load_scorer(name, args) for name in source_names(args.reward_model))
+    if len(scorers) < len(source_names(args.reward_model)):
+        raise UserError(f"--reward_model {args.reward_model}: two of them have the same name")
+    prompts = [row["prompt"] for row in read_prompts(args.make_pairs, args.n) for _ in range(args.samples)]
+    folder = find_folder(args.model)
+    model, tokenizer = load_model(folder, DTYPES[args.dtype], args.device), Tokenizer(folder, args.template)
+    answers = answer(model, tokenizer, prompts, seed=args.seed, temperature=args.temperature, show_progress=True,
+                     max_new_tokens=args.max_new_tokens or 64, batch_size=args.batch_size * args.samples)
+    answers = [(prompt, *text_and_end) for prompt, text_and_end in zip(prompts, answers)]
+    pairs = make_pairs(answers, args.samples, scorers, args.batch_size)
+    write_text(args.out, "".join(json.dumps(pair) + "\n" for pair in pairs))
+    counts = Counter(pair["group"] for pair in pairs)
+    print(f"{len(prompts) // args.samples} prompts, {args.samples} responses each; pairs: "
+          + ", ".join(f"{counts[name]} {name}" for name in scorers) + f", in {args.out}")
 
 
 def write_out(args):
@@ -422,21 +444,9 @@ def main(argv=None):
     check_read(given, dict.fromkeys(vars(args).keys() - {asked, "dtype", "device", *READ[asked]},
                                     f"with --{asked}" if asked else "for the toy world's table"))
     if args.make_pairs:
-        if not (args.model and args.reward_model and args.out.endswith(".jsonl")):
-            raise UserError("--make_pairs needs --model, --reward_model and --out FILE.jsonl")
-        scorers = [load_scorer(name, args.score_template, args.max_len, args.batch_size, args.dtype, args.device)
-                   for name in source_names(args.reward_model)]
-        if len({name for name, _ in scorers}) < len(scorers):
-            raise UserError(f"--reward_model {args.reward_model}: two of them have the same name")
-        prompts = [row["prompt"] for row in read_prompts(args.make_pairs, args.n)]
-        make_pairs(prompts, args.model, scorers, args.out, args.template, args.samples, args.max_new_tokens or 64,
-                   args.temperature, args.batch_size, args.dtype, args.device, args.seed)
+        write_pairs(args)
     elif args.score:
-        models = {name: model for name, model in (("reward", args.reward_model), ("cost", args.cost_model)) if model}
-        if not models or not args.out.endswith(".jsonl"):
-            raise UserError("--score needs --out FILE.jsonl and at least one of --reward_model and --cost_model")
-        score_file(args.score, models, args.out, args.template, args.max_len, args.batch_size, args.dtype, args.device,
-                   args.skip_bad_rows)
+        score_file(args)
     elif args.merge or args.export:
         write_out(args)
     elif runs and args.prompts:

@@ -19,7 +19,7 @@ import toy
 from batch import longest
 from chat import Tokenizer
 from checkpoint import load_model
-from common import read_json
+from common import appending, read_json, whole_rows
 from conftest import (BASE, LAYOUTS, edit_json, edit_tensors, json_lines, line_of, logp_alone, run, score_alone,
                       small_pairs, tiny, write_rows)
 from data import load_sources
@@ -90,7 +90,7 @@ def evaluate(*flags):
 
 
 def kept(folder):
-    [path] = Path(folder).glob("answers-*.jsonl")
+    [path] = {*Path(folder).glob("answers-*.jsonl")} - {*Path(folder).glob("answers-toy-*")}
     return sorted(json_lines(path), key=lambda row: row["number"])
 
 
@@ -121,7 +121,7 @@ def test_answers_do_not_depend_on_the_batch_and_are_not_made_twice(policy, monke
 
 
 def test_an_interrupted_call_goes_on_where_it_stopped(policy, monkeypatch):
-    stream = model_file.stream
+    stream = eval_file.stream
     whole = evaluate(policy, "--batch_size", 4)
     answers = kept(policy)
     [path] = Path(policy).glob("answers-*.jsonl")
@@ -135,6 +135,25 @@ def test_an_interrupted_call_goes_on_where_it_stopped(policy, monkeypatch):
         evaluate(policy, "--batch_size", 4)
     path.write_bytes(path.read_bytes()[:-20])  # and the last line was cut short
     assert evaluate(policy, "--batch_size", 4) == whole and kept(policy) == answers
+
+
+def test_a_row_that_a_kill_cut_short_is_removed_and_two_may_append_to_one_file(tmp_path):
+    path = tmp_path / "new/rows.jsonl"
+    with appending(path) as (count, append):
+        append({"text": "\ud83d ä"}, {"text": "2"})
+        assert count == 0 and [row["text"] for row in whole_rows(path)] == ["\ud83d ä", "2"]
+    path.write_bytes(path.read_bytes() + b'{"text": "cut')
+    with appending(path) as (count, append), appending(path) as (_, append_too):
+        append({"text": "3" * 20_000})
+        append_too({"text": "4"})
+        append({"text": "5"})
+    assert count == 2 and [row["text"][-1] for row in whole_rows(path)] == ["ä", "2", "3", "4", "5"]
+
+
+def test_the_name_of_a_prompts_file_may_have_characters_of_a_pattern(policy):
+    Path("asked.jsonl").rename("asked [1]*.jsonl")
+    eval_file.main([policy, "--prompts", "asked [1]*.jsonl", *map(str, FLAGS)])
+    assert len(kept(policy)) == len(ASKED) and Path("out/eval-asked [1]*.json").is_file()
 
 
 def test_other_settings_or_weights_make_other_answers(policy):

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import data
 import eval as eval_file
-import model as model_file
 from chat import Tokenizer
 from common import UserError, read_json
 from conftest import BASE, json_lines, line_of, mistake, rows, run, score_alone, write_rows
@@ -41,15 +39,16 @@ def make(*flags, prompts="prompts.txt", scorers="toy_judges:words,toy_judges:sho
 
 
 def test_the_best_of_the_answers_stands_against_the_worst(asked, monkeypatch):
-    generated, generate = [], model_file.generate
+    generated, stream = {}, eval_file.stream
 
-    def recording(*arguments, **settings):
-        generated.extend(outputs := generate(*arguments, **settings))
-        return outputs
+    def recording(*arguments):
+        for number, ids in stream(*arguments):
+            generated[number] = ids
+            yield number, ids
 
-    monkeypatch.setattr(data, "generate", recording)
+    monkeypatch.setattr(eval_file, "stream", recording)
     pairs, tokenizer = make("--samples", "5"), Tokenizer(BASE)
-    answers = [tokenizer.decode(ids).strip() for ids in generated]
+    answers = [tokenizer.decode(generated[number]).strip() for number in range(10)]
     by_prompt = {"How do I bake bread?": answers[:5], "Tell me how to fix a lamp.": answers[5:]}  # each prompt once
     for judge, group in ((lambda text: len(text.split()), "words"), (lambda text: -len(text), "short")):
         for prompt, texts in by_prompt.items():

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import batch as batch_file
 import checkpoint
-import data
 import eval as eval_file
+import judges as judges_file
 import toy
 from chat import Tokenizer
 from checkpoint import load_model, save_model
@@ -276,7 +276,7 @@ def test_scores_that_a_row_has_by_other_names_stay(judges, tmp_path):
 def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypatch):
     file = write_rows(tmp_path / "rows.jsonl", *({**ROW, "prompt": f"question {i}"} for i in range(10)))
     whole = score_file(judges, tmp_path / "whole.jsonl", file)
-    monkeypatch.setattr(judges, "BLOCK", 4)
+    monkeypatch.setattr(judges_file, "BLOCK", 4)
     score, calls = batch_file.score, []
 
     def stops(*arguments):
@@ -285,7 +285,7 @@ def test_interrupted_scoring_goes_on_where_it_stopped(judges, tmp_path, monkeypa
             raise KeyboardInterrupt
         return score(*arguments)
 
-    monkeypatch.setattr(data, "score", stops)
+    monkeypatch.setattr(judges_file, "score", stops)
     with pytest.raises(KeyboardInterrupt):
         score_file(judges, tmp_path / "out.jsonl", file)
     assert not (tmp_path / "out.jsonl").exists()
@@ -308,9 +308,9 @@ def test_a_partial_file_by_another_score_model_is_not_gone_on_with(judges, tmp_p
         if any(len(path.read_text().splitlines()) == 2 for path in tmp_path.glob("*.partial")):
             raise KeyboardInterrupt
         return score(*arguments)
-    monkeypatch.setattr(judges, "BLOCK", 2)
+    monkeypatch.setattr(judges_file, "BLOCK", 2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "score", stops)
+        patch.setattr(judges_file, "score", stops)
         score_file({**judges, "reward": reward}, out, file)
     shutil.copytree(judges["cost"], reward, dirs_exist_ok=True)
     for others in ({"reward": judges["cost"], "cost": judges["reward"]}, {**judges, "reward": reward}):

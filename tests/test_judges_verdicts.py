@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import eval as eval_file
 import judges
 from conftest import json_lines, line_of
-from judges import BETTER, Judge, judge_metrics, judge_requests, read_verdict, refuses, repeats
+from eval import COLUMNS, averages
+from judges import BETTER, Judge, health, judge_metrics, judge_requests, read_verdict, refuses, repeats
 from report import win_rate
 
 KEY = "sk-very-secret-0123456789"
@@ -103,10 +103,27 @@ def test_a_comparison_is_a_tie_where_the_orders_disagree_and_is_not_counted_wher
         return judge_metrics(verdicts, ROWS, "start")
 
     result = metrics(("A", "B"), ("A", "A"), ("B", "A"))  # a win, a tie, a loss
-    assert result["run"]["wins_helpful"] == 0.5 and "wins_helpful" not in result["start"]
-    assert metrics(("A", "B"), ("tie", "tie"), ("A", "B"))["run"]["wins_harmless"] == 1.0
-    assert metrics(("A", "B"), (None, "A"), ("B", None))["run"]["wins_helpful"] == 1.0
-    assert result["start"]["judged_harm"] == 2 and result["run"]["judged_refusal"] == 1.0, "not counted as 0"
+    assert result["run"]["wins_helpful"] == [1, 0, -1] and "wins_helpful" not in result["start"]
+    assert metrics(("A", "B"), ("tie", "tie"), ("A", "B"))["run"]["wins_harmless"] == [1, 0, 1]
+    assert metrics(("A", "B"), (None, "A"), ("B", None))["run"]["wins_helpful"] == [1, None, None]
+    assert result["start"]["judged_harm"] == [None, 2, 2] and result["run"]["judged_refusal"] == [None, True, True]
+
+
+def test_a_metric_of_the_table_is_a_mean_or_a_win_rate_over_the_prompts_that_have_a_value():
+    row = averages({"judged_harm": [None, 2, 4], "judged_refusal": [True, False, None], "wins_helpful": [1, 0, None, -1, 1],
+                    "wins_harmless": [None, 0]})
+    assert (row["judged_harm"], row["judged_refusal"]) == (3, 0.5) and row["judged_harm_se"] == pytest.approx(1)
+    assert (row["wins_helpful"], row["wins_helpful_se"]) == win_rate([1, 0, -1, 1]) and row["wins_helpful"] == 2 / 3
+    assert math.isnan(row["wins_harmless"]) and math.isnan(row["reward"]) and row.keys() == {
+        f"{key}{suffix}" for key in COLUMNS for suffix in ("", "_se")}
+
+
+def test_refusals_are_apart_for_prompts_labelled_safe_and_unsafe_where_there_are_such():
+    rows = [{"answer": text, "ids": [1] * 30, "ended": False} for text in ("I'm sorry, no.", "Sure.", "I cannot do that.")]
+    labelled = health([{"label": label} for label in ("safe", "unsafe", None)], {"run": rows})["run"]
+    assert labelled["refused_safe"] == [True, None, None] and labelled["refused_unsafe"] == [None, False, None]
+    assert "refused" not in labelled and labelled["repeats"] == labelled["unended"] == [True] * 3
+    assert health([{"label": None}] * 3, {"run": rows})["run"]["refused"] == [True, False, True]
 
 
 # A server
@@ -177,7 +194,7 @@ def test_a_request_goes_to_the_interface_as_it_is_documented(judge):
     assert path == "/v1/chat/completions" and key == f"Bearer {KEY}"
     assert (body["model"], body["temperature"], body["messages"][0]["role"]) == ("gpt", 0, "user")
     assert sorted(body["messages"][0]["content"] for _, _, body in server.asked) == [text for text, _ in REQUESTS]
-    assert no_key_anywhere(one.counts)
+    assert no_key_anywhere(one.tally)
 
 
 def test_nothing_is_asked_twice_and_a_line_that_was_cut_short_is_asked_again(judge):
@@ -194,7 +211,7 @@ def test_nothing_is_asked_twice_and_a_line_that_was_cut_short_is_asked_again(jud
 def test_a_busy_server_is_asked_again(judge, status):
     one, server = judge(lambda number, body: (status, KEY.encode()) if number < 3 else (200, completion('{"better": "A"}')))
     assert one.ask_all(REQUESTS[:1]) == [{"better": "A"}] and len(server.asked) == 4
-    assert no_key_anywhere(one.counts)
+    assert no_key_anywhere(one.tally)
 
 
 @pytest.mark.parametrize("status", (429, 500))
@@ -207,7 +224,7 @@ def test_a_request_fails_after_some_tries_and_is_asked_again_another_time(judge)
     one, server = judge(lambda number, body: (200, completion('{"better": "A"}')) if number == 0 else (500, b"no"))
     assert one.ask_all(REQUESTS[:1]) == [{"better": "A"}]
     assert one.ask_all(REQUESTS[:3]) == [{"better": "A"}, None, None] and len(server.asked) == 1 + 2 * Judge.TRIES
-    assert one.counts["failed"] == 2 and len(json_lines(one.path)) == 1
+    assert one.tally["failed"] == 2 and len(json_lines(one.path)) == 1
 
 
 def test_a_slow_request_that_fails_costs_no_other_verdict(judge):
@@ -218,7 +235,7 @@ def test_a_slow_request_that_fails_costs_no_other_verdict(judge):
         return 200, completion('{"better": "A"}')
 
     one, server = judge(behave)
-    assert one.ask_all(REQUESTS) == [None] + [{"better": "A"}] * 4 and one.counts["failed"] == 1
+    assert one.ask_all(REQUESTS) == [None] + [{"better": "A"}] * 4 and one.tally["failed"] == 1
     assert len(server.asked) == 5, "asking again is of no use"
     assert len(json_lines(one.path)) == 4
 
@@ -226,7 +243,7 @@ def test_a_slow_request_that_fails_costs_no_other_verdict(judge):
 def test_pauses_between_tries_become_longer(judge, monkeypatch):
     reply, pauses = completion('{"better": "A"}'), []
     one, _ = judge(lambda number, body: (429, b"") if number < 4 else (200, reply))
-    monkeypatch.setattr(eval_file, "time", SimpleNamespace(sleep=pauses.append))
+    monkeypatch.setattr(judges, "time", SimpleNamespace(sleep=pauses.append))
     assert one.ask_all(REQUESTS[:1]) == [{"better": "A"}]
     assert pauses == [Judge.PAUSE * factor for factor in (1, 2, 4, 8)]
 
@@ -243,8 +260,8 @@ def test_a_server_that_never_answers_ends_in_one_line(judge):
                          ids=("nonsense", "list", "object", "no choice", "no text", "null", "refusal", "no such value"))
 def test_replies_that_cannot_be_read_are_counted_and_are_no_verdict(judge, reply):
     one, _ = judge(lambda number, body: (200, reply))
-    assert one.ask_all(REQUESTS[:3]) == [None] * 3 and one.counts["unread"] == 3
-    assert no_key_anywhere(one.counts)
+    assert one.ask_all(REQUESTS[:3]) == [None] * 3 and one.tally["unread"] == 3
+    assert no_key_anywhere(one.tally)
 
 
 def test_half_a_body_and_a_server_that_hangs_are_tried_again(judge):

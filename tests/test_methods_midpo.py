@@ -367,9 +367,8 @@ def test_the_report_on_routers_is_the_median_at_the_last_token_of_each_prompt_al
 @torch.no_grad()
 def test_static_weights_evaluate_the_merged_model_beside_the_runs_own_result(mixture, monkeypatch, capsys):
     """W + 0.5 · 32/16 · (B_s A_s + B_h A_h), from the adapters' files in float64."""
-    judged, answer = [], eval_file.answer
-    monkeypatch.setattr(eval_file, "answer", lambda model, *rest, **how: judged.append(model) or answer(model, *rest,
-                                                                                                    **how))
+    models, evaluate_run = [], eval_file.evaluate_run
+    monkeypatch.setattr(eval_file, "evaluate_run", lambda *settings: models.extend(settings[:2]) or evaluate_run(*settings))
     before = {path: path.read_bytes() for path in mixture.rglob("*") if path.is_file()}
     eval_file.main([str(mixture), "--static", "0.5,0.5", "--device", "cpu"])
     report = read_json(mixture / "eval-static-0.5,0.5.json")
@@ -380,7 +379,7 @@ def test_static_weights_evaluate_the_merged_model_beside_the_runs_own_result(mix
     added = {path.name for path in mixture.rglob("*") if path.is_file() and path not in before}
     assert added == {"eval-static-0.5,0.5.json", "samples-static-0.5,0.5.txt"}
     assert all(path.read_bytes() == content for path, content in before.items())
-    merged, base = judged[1], judged[0]
+    merged, base = models
     assert not expert_layers(merged) and merged.state_dict().keys() == base.state_dict().keys()
     for name, weight in base.state_dict().items():
         wanted = weight.double()

@@ -1,5 +1,4 @@
 """Whole runs on a toy world made small: what they write, their first loss, that they repeat and resume, the loop."""
-import json
 import math
 import os
 import shutil
@@ -27,8 +26,8 @@ from chat import Tokenizer
 from checkpoint import load_adapter, load_model
 from common import read_json
 from conftest import (BASE, ROOT, SHAPES, SIZES, brute_force, check_that_it_is_evaluated_again_alike, files_of,
-                      first_batch, ids_of, interrupt_at, leftovers, load_run, logits_of, logp_alone, packed_logps, rows,
-                      run, small_pairs, timeless)
+                      first_batch, ids_of, interrupt_at, json_lines, leftovers, load_run, logits_of, logp_alone,
+                      packed_logps, rows, run, small_pairs, timeless, write_rows)
 from lora_moe import perturb_experts
 from model import ModelConfig, Transformer
 
@@ -226,9 +225,8 @@ def test_answers_of_the_start_are_kept_and_never_misused(quick):
         return read_json(f"out/{name}/eval.json")["base"]
 
     true = base_of("first")
-    kept, = Path("out/cache").glob("toy-answers-*")
-    count = len(read_json(kept)["answers"])
-    kept.write_text(json.dumps({"answers": [["I will not help with that.", True]] * count}))
+    kept, = Path("out/cache").glob("answers-toy-*")
+    write_rows(kept, *({**row, "answer": "I will not help with that."} for row in json_lines(kept)))
     assert base_of("another", "--delta", 1)["over_refusal"] == 1 > true["over_refusal"]
     assert base_of("warmer", "--temperature", 1.0)["over_refusal"] < 1
     started = run("adapter", "--max_steps", 3, "--lora_rank", 2, "--lr", 0.3)
