@@ -428,14 +428,17 @@ def pattern_value(patterns, module, default, where):
     return (patterns or {}).get(next(keys, None)) or default
 
 
-def save_experts(model, folder):
-    """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate."""
+def save_experts(model, folder, write=True):
+    """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate. With sharded
+    weights all processes call it, as state_dict() shards what a forward pass has left whole, and one has to write."""
     layers = expert_layers(model)
     first = next(iter(layers.values()))
     config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
               "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
               "gate": model.gate and model.gate.spec}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
+    if not write:
+        return
     with atomic_folder(folder) as temporary:
         (temporary / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, temporary / "experts.safetensors")
@@ -486,8 +489,8 @@ def save_trained(model, out, template=None, chat_template=None, write=True):
         save_model(merge_experts(model), out / "model", chat_template, write)
     elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:
         save_adapter(model, out / "adapter", template, write=write)
-    elif write:
-        save_experts(model, out / "experts")
+    else:
+        save_experts(model, out / "experts", write)
 
 
 def load_trained(run, base, dtype=torch.float32, device="cpu"):
