@@ -420,6 +420,8 @@ class Config(SharedFlags):
     wandb: str = setting("", "log to this Weights & Biases project (needs the wandb package)", free=True)
     harmful_share: float = setting(0.45, "share of the comparisons that ask for harm", "toy", above=0, below=1)
     annotators: int = setting(0, "number of simulated annotators, each with one preference of --groups", least=0)
+    overwrite: bool = setting(False, "train anew though the run folder has a finished run or a checkpoint, which stays "
+                                     "until the new run is finished", free=True)
     eval_split: str = setting("test", "prompts of the closing table", choices=("dev", "test"), free=True)
     temperature: float = setting(0.7, "of the answers that are judged", free=True, least=0)
 
@@ -529,10 +531,11 @@ OWN = {"method", "view", "out", "epochs", "lr", "weight_decay", "lora_rank", "lo
 
 
 def prerequisite(config, method, folder, **changes):
-    """The Config of a run in a folder under this run's."""
+    """The Config of a run in a folder under this run's: kept, or gone on with, where its settings are these."""
     inherited = {flag.name: getattr(config, flag.name) for flag in fields(Config)
                  if flag.name not in OWN and {config.method, method} <= set(readers(flag.name))}
-    return resolve({}, {**inherited, "method": method, "out": f"{config.out}/{folder}", **changes})
+    return resolve({}, {**inherited, "method": method, "out": f"{config.out}/{folder}", "resume": True,
+                        "overwrite": config.overwrite or not config.resume, **changes})
 
 
 def parse_flags(argv):

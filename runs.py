@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -104,8 +105,8 @@ def one_line_if_lost():
         raise UserError(f"another process of this run has ended ({first_line(error)[:80]})") from None
 
 
-# A run folder: config.json, metrics.jsonl, checkpoint/, and what was trained. A run that finds a finished one, or a
-# checkpoint, works in .new/ and takes its place when it is finished itself.
+# A run folder: config.json, metrics.jsonl, checkpoint/, and what was trained. Beside a finished run or a checkpoint, a
+# new run works in .new/, and takes its place when it is finished itself.
 
 WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
 RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt",
@@ -118,71 +119,83 @@ def read_settings(out):
     return {**settings, "finished": settings.get("finished", False) and any((out / n).is_dir() for n in WEIGHT_FOLDERS)}
 
 
-def open_run(out, settings, free, resume, lock):
-    """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished and resumed.
+def earlier_run(settings, free):
+    """The folder, out or out/.new, where a command with these settings has done this run, to be kept if it is finished
+    there, or begun it, to be gone on with; None if it starts anew.
 
-    settings: for config.json; free: names of those that may change when a run is resumed; lock: a FileLock, which the
-    system frees when this process ends, however it does. Raises UserError when another run writes there, the folder
-    cannot be written, or a run is resumed with other settings.
+    settings: for config.json, all flags among them; free: names of those that may differ. Raises UserError where only
+    --resume or --overwrite says what is meant: the folder has a checkpoint, or a finished run with other settings.
     """
+    out, resume, overwrite, changes = Path(settings["out"]), settings["resume"], settings["overwrite"], {}
+    for folder in (out / ".new", out):
+        before = read_settings(folder)
+        if before["finished"] or (folder / "checkpoint").is_dir():
+            names = [name for name in sorted(settings.keys() - free) if before.get(name) != settings[name]]
+            changes[folder] = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" if name != "inputs" else
+                                        "other contents of its input files" for name in names)
+            if not names and (resume or before["finished"] and not overwrite):
+                return folder
+    for folder, changed in changes.items() if not overwrite else ():
+        if not changed or resume or folder == out and read_settings(out)["finished"]:
+            what = f"{changed}; give the same settings, another --out" if changed else "a checkpoint; give --resume"
+            raise UserError(f"the run in {folder} has {what}, or --overwrite to train anew in its place")
+
+
+def open_run(settings, free, lock):
+    """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished, and kept.
+
+    lock: a FileLock, which the system frees when this process ends, however it does. Raises UserError when another run
+    writes there, the folder has files of something else, and as `earlier_run` does.
+    """
+    out = Path(settings["out"])
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(f"--out {out}: another run is writing there; wait for it, or name another folder") from None
     finish_move(out)
-    for leftover in (*out.glob("*.[0-9]*.partial"), *out.glob(".new/*.[0-9]*.partial")):
-        leftover.unlink()  # of `atomic_file`, by a process that was killed
-    for name in ("checkpoint", *WEIGHT_FOLDERS):
-        recover_folder(out / name)
-        recover_folder(out / ".new" / name)
-    others = {path for path in out.glob("[!.]*") if path.is_file()} - {*run_files(out)}
-    if others and not (out / "config.json").is_file():
-        raise UserError(f"--out {out}: has files of something else, such as {min(others).name}; name another folder")
-    for folder in (out / ".new", out) if resume else ():
-        before = read_settings(folder)
-        if before.get("finished") or (folder / "checkpoint").is_dir():
-            others = [name for name in sorted(settings.keys() - free) if before.get(name) != settings[name]]
-            if others:
-                changed = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" if name != "inputs" else
-                                    "other contents of its input files" for name in others)
-                raise UserError(f"--resume: the run in {folder} has {changed}; give the same settings, or leave out "
-                                "--resume to begin a new run")
-            return None if before.get("finished") else folder
-    work = out / ".new" if read_settings(out).get("finished") or (out / "checkpoint").is_dir() else out
+    for folder in (out, out / ".new"):  # what processes that were killed have left
+        for leftover in folder.glob("*.[0-9]*.partial"):
+            leftover.unlink()
+        for name in ("checkpoint", *WEIGHT_FOLDERS):
+            recover_folder(folder / name)
+    foreign = [path.name for path in out.glob("[!.]*") if path.is_file() and not any(map(path.match, RUN_FILES))]
+    if foreign and not (out / "config.json").is_file():
+        raise UserError(f"--out {out}: has files of something else, such as {min(foreign)}; name another folder")
+    if folder := earlier_run(settings, free):
+        return None if read_settings(folder)["finished"] else folder
+    work = out / ".new" if read_settings(out)["finished"] or (out / "checkpoint").is_dir() else out
+    for folder, fate in ((work, "is removed"), (out, "stays until this run is finished")):
+        if (folder / "checkpoint").is_dir():
+            print(f"{folder}: the checkpoint of an interrupted run {fate}", flush=True)
     work.mkdir(exist_ok=True)
-    for path in run_files(work):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove_run(work)
     write_text(work / "config.json", json.dumps(settings, indent=2) + "\n")
     return work
 
 
-def run_files(folder):
-    return [path for pattern in RUN_FILES for path in folder.glob(pattern)]
+def remove_run(folder):
+    for path in [path for pattern in RUN_FILES for path in folder.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def close_run(out, work):
     """Mark a run as finished, and move it from out/.new to its place."""
     write_text(work / "config.json", json.dumps({**read_settings(work), "finished": True}, indent=2) + "\n")
     shutil.rmtree(work / "checkpoint", ignore_errors=True)
-    if work != out:
-        work.rename(out / ".done")
-        finish_move(out)
+    finish_move(out)
 
 
 def finish_move(out):
-    """Put out/.done in the place of the earlier run; goes on wherever a kill interrupted it."""
-    done, partial, old = out / ".done", out / ".old.partial", out / ".old"
-    if done.is_dir() and not old.is_dir():
-        partial.mkdir(exist_ok=True)
-        for path in run_files(out):
-            path.rename(partial / path.name)
-        partial.rename(old)  # from here on, what lies in out is the new run's
-    for path in done.glob("*"):
+    """Put a finished run in out/.new in the place of the earlier one; goes on wherever a kill interrupted it."""
+    new, moving = out / ".new", out / ".moving"
+    if read_settings(new)["finished"]:
+        remove_run(out)
+        new.rename(moving)  # from here on, what lies in out is the new run's
+    for path in moving.glob("*"):
         path.rename(out / path.name)
-    if done.is_dir():
-        done.rmdir()
-    shutil.rmtree(old, ignore_errors=True)
+    if moving.is_dir():
+        moving.rmdir()
 
 
 def open_metrics(path, first):
@@ -214,8 +227,8 @@ def load_checkpoint(out, parameters, optimizer):
     if not path.is_file():
         return 0, []
     try:
-        shared = any(is_sharded(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=shared)
+        sharded = any(is_sharded(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=sharded)
         stored, done = state["parameters"], (state["step"], state["sums"])
         for name, parameter in parameters:
             if name not in stored or stored[name].shape != parameter.shape:
@@ -227,7 +240,7 @@ def load_checkpoint(out, parameters, optimizer):
                 moments[name] = shard_like(moments[name], members[number])
         optimizer.load_state_dict(state["optimizer"])
     except BROKEN as error:
-        raise UserError(f"--resume: {path} is broken, start without --resume ({first_line(error)})") from None
+        raise UserError(f"--resume: {path} is broken, remove it or --overwrite the run ({first_line(error)})") from None
     return done
 
 

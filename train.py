@@ -33,7 +33,7 @@ from lora_moe import (count_experts, disable_experts, is_mixture, is_router, per
                       use_expert)
 from methods import FREE, METHODS, parse_flags, resolve
 from model import ScoreModel, compile_once
-from runs import (ALONE, Processes, RunLog, add_up, close_run, load_checkpoint, one_line_if_lost, open_run,
+from runs import (ALONE, Processes, RunLog, add_up, close_run, earlier_run, load_checkpoint, one_line_if_lost, open_run,
                   read_settings, save_checkpoint)
 
 
@@ -394,9 +394,9 @@ def run(config, processes=ALONE):
         config = method.settle(config, encoded.groups)
         model = build_model(config, base, encoded.groups, processes)
         settings = run_settings(config, base, processes)
-        work = processes.once(lambda: open_run(out, settings, FREE, config.resume, lock))
+        work = processes.once(lambda: open_run(settings, FREE, lock))
         if work is None:
-            return print(f"{out}: finished with these settings, left as it is")
+            return print(f"{out}: finished with these settings, kept")
         processes.once(lambda: write_text(work / "tokens.txt", show_pair(tokenizer, encoded)))
         for pairs in filter(None, (encoded, held_out)):
             method.prepare(model, pairs, config)
@@ -439,9 +439,14 @@ def show_answers(model, tokenizer, config, base, work):
 
 
 def is_finished(config, processes):
-    """True if the run folder holds the finished run of these settings, on the same files."""
-    before, settings = read_settings(Path(config.out)), run_settings(config, base_folder(config), processes)
-    return before.get("finished", False) and all(before.get(name) == settings[name] for name in settings.keys() - FREE)
+    """True if the run folder holds the finished run of these settings, on the same files, to be kept. Raises UserError
+    where a run there may only be replaced with --overwrite: before anything long begins."""
+    out = Path(config.out)
+    if not out.is_dir():
+        return False
+    settings, before = run_settings(config, base_folder(config), processes), read_settings(out)
+    unsettled = {name for name in ("groups", "experts") if before.get(name) and not settings[name]}  # the data may do it
+    return earlier_run(settings, FREE | unsettled) == out and before["finished"] and not unsettled
 
 
 def check_inputs_outside(config):
@@ -476,10 +481,12 @@ def main(argv=None):
     for each in (*before, last) if before else ():
         print(f"{each.out}: --method {each.method} --view {each.view}", flush=True)
     for each in (*before, last):
-        if processes.once(lambda: (each is not last or each.resume) and is_finished(each, processes)):
+        if processes.once(lambda: is_finished(each, processes)):
             print(f"{each.out}: finished with these settings, kept", flush=True)
         else:
             run(each, processes)
+    if processes.once(lambda: is_finished(last, processes)):
+        before = []  # nothing has to be made for it
 
 
 if __name__ == "__main__":

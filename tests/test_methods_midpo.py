@@ -76,9 +76,11 @@ def test_the_plan_lists_the_five_runs_and_changes_nothing(place):
     assert asdict(config) == before and config.init_adapter == () and not Path("out/new").exists()
 
 
-def test_a_plan_to_resume_resumes_every_run(place):
-    config = methods.parse_flags([*map(str, FLAGS), "--resume", "--out", "out/new", "--device", "cpu"])
-    assert len(methods.plan(config)) == 5 and all(one.resume for one in methods.plan(config))
+@pytest.mark.parametrize("flags, overwrite", (((), True), (("--resume",), False), (("--overwrite",), True)))
+def test_prerequisites_go_on_and_are_made_again_by_other_settings_unless_these_are_resumed(place, flags, overwrite):
+    config = methods.parse_flags([*map(str, FLAGS), *flags, "--out", "out/new", "--device", "cpu"])
+    runs, _ = methods.METHODS["midpo"].prerequisites(config)
+    assert len(runs) == 4 and {(each.resume, each.overwrite) for each in runs} == {(True, overwrite)}
 
 
 def test_a_method_without_prerequisites_is_a_plan_of_one_run(place):
@@ -109,15 +111,18 @@ def test_a_run_of_midpo_leaves_every_stage_in_a_folder_of_its_own(mixture):
         assert row["router/l1"] == pytest.approx(row["router/safety"] + 1 - row["router/helpfulness"], rel=1e-5)
 
 
-def test_a_second_call_keeps_the_stages_and_gives_the_same_bytes(mixture, capsys):
-    before, experts = stage_stamps(mixture), mixture / "experts/experts.safetensors"
+def test_a_second_call_keeps_all_and_one_that_overwrites_keeps_the_stages_and_gives_the_same_bytes(mixture, capsys):
+    everything, before, experts = stamps(mixture), stage_stamps(mixture), mixture / "experts/experts.safetensors"
     content = experts.read_bytes()
     run("run", *FLAGS)
+    assert capsys.readouterr().out == f"{mixture}: finished with these settings, kept\n"
+    assert stamps(mixture) == everything
+    run("run", *FLAGS, "--overwrite")
     printed = capsys.readouterr().out
     for name in STAGES:
         assert f"{mixture / name}: finished with these settings, kept" in printed
     assert before == stage_stamps(mixture)
-    assert experts.read_bytes() == content
+    assert experts.read_bytes() == content and stamps(mixture) != everything
 
 
 def runs_of(patch, *flags):
@@ -139,16 +144,22 @@ def runs_of(patch, *flags):
     (("--harmful_share", 0.5), STAGES), (("--model", "out/toy-base-seed1"), STAGES)),
     ids=lambda value: " ".join(map(str, value)))
 def test_a_changed_setting_trains_the_stages_that_it_matters_to(mixture, monkeypatch, flags, again):
-    assert runs_of(monkeypatch) == ["run"]
-    assert runs_of(monkeypatch, *flags) == [*again, "run"]
+    assert runs_of(monkeypatch) == []
+    assert runs_of(monkeypatch, *flags, "--overwrite") == [*again, "run"]
+
+
+def test_other_settings_of_a_finished_run_are_refused_before_its_stages_are_made_again(mixture):
+    before = stamps(mixture)
+    message = mistake(*FLAGS, "--out", mixture, "--beta", 0.2)
+    assert "beta 0.1 (now 0.2)" in message and "--overwrite" in message and stamps(mixture) == before
 
 
 def test_the_router_alone_is_trained_again_with_another_l1_and_the_experts_with_another_beta(mixture):
     config, before = read_json(mixture / "config.json"), stage_stamps(mixture)
-    run("run", *FLAGS, "--router_l1", 1)
+    run("run", *FLAGS, "--router_l1", 1, "--overwrite")
     assert before == stage_stamps(mixture)
     assert config["router_l1"] == 0.001 and read_json(mixture / "config.json")["router_l1"] == 1
-    run("run", *FLAGS, "--router_l1", 1, "--beta", 0.2)
+    run("run", *FLAGS, "--router_l1", 1, "--beta", 0.2, "--overwrite")
     after = stage_stamps(mixture)
     assert [name for name in STAGES if before[name] != after[name]] == ["safety", "helpful"]
     assert read_json(mixture / "safety/config.json")["beta"] == 0.2
@@ -157,7 +168,8 @@ def test_the_router_alone_is_trained_again_with_another_l1_and_the_experts_with_
 @pytest.mark.parametrize("name, weights", (("reward", "model"), ("safety", "adapter"), ("helpful", "adapter")))
 def test_a_stage_without_its_weights_is_run_again(mixture, monkeypatch, name, weights):
     shutil.rmtree(mixture / name / weights)
-    again = runs_of(monkeypatch)
+    assert "other contents of its input files" in mistake(*FLAGS, "--out", mixture)
+    again = runs_of(monkeypatch, "--overwrite")
     assert again[0] == name and again[-1] == "run" and "cost" not in again
     assert name == "reward" or again == [name, "run"]
 
@@ -167,7 +179,7 @@ def test_the_safety_expert_is_trained_again_when_the_cost_model_changes(mixture,
     stored = {path: path.read_bytes() for path in mixture.rglob("*.safetensors")}
     shutil.rmtree(mixture / "cost/model")
     before = stage_stamps(mixture)
-    run("run", *FLAGS)
+    run("run", *FLAGS, "--overwrite")
     after = stage_stamps(mixture)
     changed = [name for name in STAGES if before[name] != after[name]]
     assert {"cost", "safety"} <= set(changed) and "reward" not in changed
@@ -176,8 +188,8 @@ def test_the_safety_expert_is_trained_again_when_the_cost_model_changes(mixture,
     model = load_model(mixture / "cost/model", kind=ScoreModel)
     model.score.weight.data.mul_(20)
     save_model(model, mixture / "cost/model")
-    assert "safety" in runs_of(monkeypatch)
-    run("run", *FLAGS)
+    assert "safety" in runs_of(monkeypatch, "--overwrite")
+    run("run", *FLAGS, "--overwrite")
     adapter = mixture / "safety/adapter/adapter_model.safetensors"
     assert adapter.read_bytes() != stored[adapter]
 
@@ -255,7 +267,7 @@ def test_nothing_but_the_routers_moves_in_memory_either(mixture, monkeypatch):
         assert not any(p.grad is not None for name, p in model.named_parameters() if ".router." not in name)
 
     monkeypatch.setattr(train, "train", watch)
-    run("run", *FLAGS)
+    run("run", *FLAGS, "--overwrite")
     assert len(moved) == 2 * 6 and all(".router." in name for name in moved)
 
 
@@ -282,7 +294,7 @@ def test_first_loss_of_the_routers_is_dpo_plus_the_l1_term_of_single_sequences(m
     l1, dpo = statistics.mean(distances), statistics.mean(losses)
     assert abs(dpo - math.log(2)) > 1e-4 and 0 < l1 < 2
     for weight in (0, 0.001, 1, 30):
-        row = rows(run("run", *FLAGS, "--router_l1", weight))[0]
+        row = rows(run("run", *FLAGS, "--router_l1", weight, "--overwrite"))[0]
         assert row["router/l1"] == pytest.approx(l1, rel=1e-5)
         assert row["loss"] == pytest.approx(dpo + weight * l1, rel=1e-5)
 

@@ -146,7 +146,7 @@ def test_a_mixture_can_start_from_adapters_one_expert_each(quick):
 def test_experts_of_every_kind_come_apart_in_training(quick):
     """Copies that start alike and get the same gradient would stay alike for ever."""
     for flags in ((), ("--share", "trunk"), ("--share", "trunk", "--lora_rank", 0)):
-        out = run("run", *FLAGS, "--method", "mix-dpo", *flags, "--lr", 1e-2)
+        out = run("run", *FLAGS, "--method", "mix-dpo", *flags, "--lr", 1e-2, "--overwrite")
         tensors = load_file(out / "experts/experts.safetensors")
         (name, B), *_ = [(name, tensor) for name, tensor in tensors.items() if name.endswith("lora_B")]
         A = tensors[name.replace("lora_B", "lora_A")]

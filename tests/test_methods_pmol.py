@@ -203,7 +203,7 @@ def test_two_runs_of_a_seed_give_the_same_bytes_and_an_interrupted_one_goes_on_t
         run("broken", *flags)
     broken = run("broken", *flags, "--resume")
     assert files_of(broken) == files_of(first) and timeless(broken) == timeless(first)
-    assert timeless(run("second", *flags, "--seed", 1)) != timeless(first)
+    assert timeless(run("second", *flags, "--seed", 1, "--overwrite")) != timeless(first)
 
 
 def test_checkpointing_trains_the_same_experts_and_routers(quick):
@@ -276,6 +276,17 @@ def test_a_files_groups_are_the_preferences(quick):
     expected = plain_metrics(REAL, first_batch(pairs_of(lines)), names, target)
     assert {metric: rows(out)[0][metric] for metric in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert not (out / "eval.json").exists()
+
+
+def test_a_finished_run_is_kept_or_refused_though_the_data_settle_its_groups(quick, capsys):
+    grouped_file("pairs.jsonl", ("kind", "brief", "exact"))
+    before = files_of(run("run", *REAL))
+    run("run", *REAL)
+    assert "out/run: finished with these settings, kept" in capsys.readouterr().out
+    for flags, changed in ((("--beta", 0.2), "beta 0.1 (now 0.2)"), (("--experts", 6), "experts 3 (now 6)")):
+        assert changed in mistake(*REAL, *flags, "--out", "out/run")
+    run("run", *REAL, "--experts", 6, "--overwrite")
+    assert "experts 6 (now 3)" in mistake(*REAL, "--out", "out/run") and files_of(Path("out/run")) != before
 
 
 def test_some_of_a_files_groups_can_be_chosen_in_shares(quick, passes):

@@ -1,4 +1,4 @@
-"""A run's folder: --resume on every command line, nothing finished is lost, kills between renames, inputs in --out."""
+"""A run's folder: --resume, --overwrite, nothing finished is lost, kills during the move, the log, inputs in --out."""
 import shutil
 import signal
 from dataclasses import replace
@@ -15,11 +15,16 @@ import methods
 import runs as runs_file
 import train
 from common import content_hash, read_json
-from conftest import files_of, interrupt_at, mistake, rows, run, timeless
+from conftest import edit_json, files_of, interrupt_at, mistake, rows, run, timeless, write_rows
 
 FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--max_steps", 4, "--log_every", 1)
 
 
+ADAPTER = Path("adapter/adapter_model.safetensors")
+
+
+def stamps(out):
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 def interrupted(patch, step, *flags):
     """A run that a signal ends during this step."""
     with patch.context() as here, pytest.raises(KeyboardInterrupt):
@@ -36,11 +41,10 @@ def test_resume_starts_or_goes_on_from_a_checkpoint_and_leaves_a_finished_run_al
     assert Path("out/run/checkpoint").is_dir() and len(rows(Path("out/run"))) == 2
     out = run("run", *FLAGS, "--resume")             # it goes on
     assert files_of(out) == whole and timeless(out) == timeless(Path("out/whole"))
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    before = stamps(out)
     capsys.readouterr()
     run("run", *FLAGS, "--resume")                   # it is finished
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
-    assert "out/run: finished" in capsys.readouterr().out
+    assert stamps(out) == before and "out/run: finished" in capsys.readouterr().out
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(quick, monkeypatch):
@@ -80,7 +84,73 @@ def test_a_resumed_run_may_split_its_steps_in_another_way(quick, monkeypatch):
     assert run("run", *FLAGS, "--batch_size", 4, "--grad_accum", 2, "--resume")
 
 
-# A finished run, or a checkpoint, stays until the new run is finished
+# A finished run is replaced with --overwrite alone; it stays until the new run is finished
+
+
+def test_the_same_command_typed_twice_keeps_the_run_and_says_so(quick, capsys):
+    before = stamps(run("run", *FLAGS))
+    capsys.readouterr()
+    out = run("run", *FLAGS)
+    assert stamps(out) == before and capsys.readouterr().out == "out/run: finished with these settings, kept\n"
+
+
+def test_other_settings_of_a_finished_run_are_named_at_once_and_replace_it_with_overwrite(quick, monkeypatch):
+    before = stamps(run("run", *FLAGS))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_model", lambda *_: pytest.fail("it is said before anything long begins"))
+        for flags, changed in ((("--delta", 0), "delta 10.0 (now 0.0)"), (("--seed", 1), "seed 0 (now 1)")):
+            message = mistake(*FLAGS, *flags, "--out", "out/run")
+            assert "the run in out/run has" in message and changed in message and "--overwrite" in message
+        write_rows("pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+        assert "other contents of its input files" in mistake(*FLAGS, "--data", "pairs.jsonl", "--out", "out/run")
+    assert stamps(Path("out/run")) == before
+    out = run("run", *FLAGS, "--delta", 0, "--overwrite")
+    assert read_json(out / "config.json")["delta"] == 0 and files_of(out) == files_of(run("new", *FLAGS, "--delta", 0))
+
+
+def test_overwrite_trains_the_same_run_anew(quick):
+    before, content = stamps(run("run", *FLAGS)), files_of(Path("out/run"))
+    out = run("run", *FLAGS, "--overwrite")
+    weights = out / ADAPTER
+    assert stamps(out)[weights] != before[weights] and files_of(out) == content
+
+
+def test_a_checkpoint_of_these_settings_is_not_left_unused_by_accident(quick, monkeypatch):
+    interrupted(monkeypatch, 1, *FLAGS)
+    before = stamps(Path("out/run"))
+    message = mistake(*FLAGS, "--out", "out/run")
+    assert "out/run has a checkpoint" in message and "--resume" in message and "--overwrite" in message
+    assert stamps(Path("out/run")) == before
+    out = run("run", *FLAGS, "--overwrite")
+    assert files_of(out) == files_of(run("whole", *FLAGS)) and not (out / ".new").exists()
+
+
+def test_checkpoints_of_other_settings_are_left_or_removed_with_a_line(quick, monkeypatch, capsys):
+    interrupted(monkeypatch, 1, *FLAGS)
+    interrupted(monkeypatch, 1, *FLAGS, "--delta", 3)
+    assert "out/run: the checkpoint of an interrupted run stays" in capsys.readouterr().out
+    interrupted(monkeypatch, 1, *FLAGS, "--delta", 4)
+    printed = capsys.readouterr().out
+    assert "out/run/.new: the checkpoint of an interrupted run is removed" in printed
+    assert "out/run: the checkpoint of an interrupted run stays" in printed
+    assert "delta 4.0 (now 3.0)" in mistake(*FLAGS, "--delta", 3, "--resume", "--out", "out/run")
+    whole = files_of(run("whole", *FLAGS))
+    assert files_of(run("run", *FLAGS, "--resume"))[ADAPTER] == whole[ADAPTER], "it goes on with the one that fits"
+
+
+def test_with_both_flags_a_run_goes_on_and_replaces_another(quick, monkeypatch):
+    """As a job that is started again and again has them on its command line."""
+    run("run", *FLAGS)
+    new = (*FLAGS, "--delta", 3, "--overwrite", "--resume")
+    interrupted(monkeypatch, 2, *new)
+    assert read_json("out/run/config.json")["delta"] == 10 and Path("out/run/.new/checkpoint").is_dir()
+    schedule, done = train.learning_rate, []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", lambda step, *rest: done.append(step) or schedule(step, *rest))
+        out = run("run", *new)
+    assert done == [3] and read_json(out / "config.json")["delta"] == 3
+    before = stamps(out)
+    assert stamps(run("run", *new)) == before
 
 
 @pytest.mark.parametrize("finished", (True, False), ids=("finished", "checkpoint"))
@@ -90,7 +160,7 @@ def test_a_new_run_leaves_the_old_one_alone_until_it_is_finished(quick, monkeypa
     else:
         interrupted(monkeypatch, 1, *FLAGS)
     before = files_of(Path("out/run"))
-    interrupted(monkeypatch, 2, *FLAGS, "--delta", 3)
+    interrupted(monkeypatch, 2, *FLAGS, "--delta", 3, *["--overwrite"] * finished)
     new = {path: text for path, text in files_of(Path("out/run")).items() if path.parts[0] != ".new"}
     assert new == before and Path("out/run/.new/checkpoint").is_dir()
     out = run("run", *FLAGS, "--delta", 3, "--resume")
@@ -99,15 +169,10 @@ def test_a_new_run_leaves_the_old_one_alone_until_it_is_finished(quick, monkeypa
     assert files_of(out) == files_of(run("fresh", *FLAGS, "--delta", 3))
 
 
-def test_the_same_command_typed_twice_gives_the_same_run(quick):
-    before = files_of(run("run", *FLAGS))
-    assert files_of(run("run", *FLAGS)) == before
-
-
 def test_another_kind_of_weights_takes_the_place_of_the_old_ones(quick):
     run("run", *FLAGS)
     eval_file.main(["out/run", "--split", "dev"])
-    out = run("run", "--method", "safedpo", "--max_steps", 2)
+    out = run("run", "--method", "safedpo", "--max_steps", 2, "--overwrite")
     assert (out / "model").is_dir() and not (out / "adapter").exists() and not (out / "eval-dev.json").exists()
 
 
@@ -126,26 +191,29 @@ def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
         shutil.copytree("out/new", "out/run/.new")
         calls = iter(range(stop))
 
-        def killing(self, target, rename=Path.rename):
-            if next(calls, None) is None:
-                raise Killed
-            return rename(self, target)
+        edit_json(Path("out/run/.new/config.json"), finished="absent")
+        def killing(change):
+            def change_or_be_killed(path, *rest, **settings):
+                if path.exists() and next(calls, None) is None:
+                    raise Killed
+                return change(path, *rest, **settings)
+            return change_or_be_killed
         with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", killing)
-            patch.setattr(Path, "rmdir", lambda self, remove=Path.rmdir:
-                          killing(self, None, lambda path, _: remove(path)))
+            for place, names in ((Path, ("replace", "rename", "rmdir", "unlink")), (shutil, ("rmtree",))):
+                for name in names:
+                    patch.setattr(place, name, killing(getattr(place, name)))
             try:
                 runs_file.close_run(Path("out/run"), Path("out/run/.new"))
                 whole = True
             except Killed:
                 whole = False
         runs_file.finish_move(Path("out/run"))
-        shutil.rmtree("out/run/.new", ignore_errors=True)  # not yet moved: the old run is still there
+        shutil.rmtree("out/run/.new", ignore_errors=True)  # not yet marked: the old run is still there
         assert files_of(Path("out/run")) in (old, new)
         outcomes.add(files_of(Path("out/run")) == new)
         if whole:
             break
-    assert whole and stop > 8 and outcomes == {True, False}
+    assert whole and stop > 12 and outcomes == {True, False}
 
 
 # Inputs, splits and what is said
@@ -243,6 +311,6 @@ def test_folders_of_ones_own_in_the_run_folder_stay(quick):
     for name in ("old", "done", "new"):
         Path(f"out/run/{name}").mkdir(parents=True)
         Path(f"out/run/{name}/notes.txt").write_text("mine")
-    for flags in ((), ("--delta", 3), ("--delta", 3, "--resume")):
+    for flags in ((), ("--delta", 3, "--overwrite"), ("--delta", 3, "--resume")):
         run("run", *FLAGS, *flags)
     assert all(Path(f"out/run/{name}/notes.txt").read_text() == "mine" for name in ("old", "done", "new"))

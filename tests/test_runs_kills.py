@@ -212,9 +212,10 @@ def test_an_alarm_is_one_line_once(quick, monkeypatch, capsys):
 def test_a_second_run_into_a_folder_refuses(quick):
     before = files_of(run("run", *FLAGS, "--max_steps", 1))
     with FileLock("out/run/.lock"):  # as a run holds it
-        assert "out/run: another run is writing there" in mistake(*FLAGS, "--max_steps", 2, "--out", "out/run")
+        message = mistake(*FLAGS, "--max_steps", 1, "--overwrite", "--out", "out/run")
+    assert "out/run: another run is writing there" in message
     assert files_of(Path("out/run")) == before
-    assert run("run", *FLAGS, "--max_steps", 1)
+    assert run("run", *FLAGS, "--max_steps", 1, "--overwrite")
 
 
 def test_half_a_row_breaks_no_reader_of_metrics(quick):

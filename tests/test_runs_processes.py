@@ -104,13 +104,13 @@ def test_where_one_process_dies_the_run_ends_with_a_line_that_says_so(place, fla
 
 def test_processes_end_without_the_end_of_the_interpreter(place):
     """Threads of the process group, which torch keeps (here in default arguments), would abort one now and then."""
-    Path("command.py").write_text("import atexit, eval, losses\n"
+    Path("command.py").write_text("import atexit, common, runs\n"
                                   "atexit.register(print, 'the end of the interpreter')\n"
                                   "def main():\n"
-                                  "    losses.Processes.join()\n"
+                                  "    runs.Processes.join()\n"
                                   "    import torch.distributed.nn\n"
                                   "    print('done')\n"
-                                  "eval.as_command(main, '', '')\n")
+                                  "common.as_command(main, '', '')\n")
     output = torchrun("command.py")
     assert "done" in output and "the end of" not in output
 

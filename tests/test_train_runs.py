@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import eval as eval_file
-import lora_moe
 import methods
 import model as model_file
 import toy
@@ -87,7 +86,7 @@ def test_a_finished_run_is_evaluated_again_with_the_same_result(place, capsys):
 def test_evaluation_takes_the_weights_of_the_last_run_in_a_folder(place):
     """All weights first, then an adapter: the model/ of the earlier run is not what config.json describes."""
     run("run", "--max_steps", 2, "--lr", 1e-2)
-    out = run("run", "--max_steps", 2, "--lora_rank", 4)
+    out = run("run", "--max_steps", 2, "--lora_rank", 4, "--overwrite")
     before = (out / "samples.txt").read_bytes()
     eval_file.main([str(out)])
     assert (out / "samples.txt").read_bytes() == before
@@ -271,14 +270,14 @@ def test_reference_logps_are_kept_and_never_misused(place):
 
 def test_the_second_run_in_a_folder_computes_no_reference(place, monkeypatch):
     first = files_of(run("run", "--max_steps", 2))
-    monkeypatch.setattr(lora_moe, "save_file", lambda *_: pytest.fail("the reference was computed again"))
-    assert files_of(run("run", "--max_steps", 2, "--delta", 2)) != first
-    assert files_of(run("run", "--max_steps", 2)) == first
+    monkeypatch.setattr(checkpoint, "response_logps", lambda *_: pytest.fail("the reference was computed again"))
+    assert files_of(run("run", "--max_steps", 2, "--delta", 2, "--overwrite")) != first
+    assert files_of(run("run", "--max_steps", 2, "--overwrite")) == first
 
 
 def test_another_view_in_the_same_folder_gets_a_reference_of_its_own(place):
     run("run", "--method", "safedpo", "--max_steps", 2)
-    again = files_of(run("run", "--method", "dpo", "--max_steps", 2))
+    again = files_of(run("run", "--method", "dpo", "--max_steps", 2, "--overwrite"))
     assert again == files_of(run("fresh", "--method", "dpo", "--max_steps", 2))
 
 
@@ -356,7 +355,7 @@ def test_ctrl_c_while_weights_are_written_leaves_no_half_of_them(place, monkeypa
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_file, "save_torch_state_dict", interrupted)
+    monkeypatch.setattr(checkpoint, "save_torch_state_dict", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run("run", "--max_steps", 1)
     assert not Path("out/run/model").exists() and not leftovers(place)
@@ -434,7 +433,7 @@ def test_gradients_are_clipped_to_the_given_norm(place):
     base, flags = load_file(f"{BASE}/model.safetensors"), ("--method", "dpo", "--max_steps", 1, "--weight_decay", 0)
     sizes, norms = [], []
     for clip in (0, 1e-12):
-        out = run("run", *flags, "--grad_clip", clip)
+        out = run("run", *flags, "--grad_clip", clip, "--overwrite")
         sizes.append(max(float(move.abs().max()) for move in moves(out / "model/model.safetensors", base).values()))
         norms.append(rows(out)[0]["grad_norm"])
     assert 0 < sizes[1] < 1e-2 * sizes[0] and norms[0] == norms[1] > 1e-3, "the logged norm is the one before clipping"
