@@ -19,9 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from common import DTYPES, UserError
+from common import DTYPES, UserError, progress
 from model import dense_mask
 from runs import ALONE
 
@@ -395,8 +394,8 @@ def longest(model, tokens=1 << 20):
 def response_logps(model, encoded, batch_size, dtype="float32", device="cpu", processes=ALONE):
     """log π(y|x) of every response of an encoded set: (N, R) float32 on the CPU, in nats."""
     logps = torch.zeros(len(encoded), encoded.bounds.shape[1] - 2)
-    with tqdm(desc="log-probs", unit="pair", leave=False, total=len(encoded) // processes.count,
-              disable=processes.rank > 0) as bar:
+    with progress(desc="log-probs", unit="pair", leave=False, total=len(encoded) // processes.count,
+                  show=processes.rank == 0) as bar:
         for indices, batch in batches(encoded, batch_size, device, processes=processes):
             with precision(dtype, device):
                 logps[indices] = policy_logps(model, batch)[:len(indices)].cpu()

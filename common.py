@@ -19,6 +19,7 @@ from zipfile import BadZipFile
 import torch
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -338,6 +339,11 @@ class Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
         near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else []
         raise UserError(message + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def progress(*rows, show=True, **settings):
+    """A tqdm bar; it prints nothing unless `show`, and where there is no terminal (a file, a cluster's log)."""
+    return tqdm(*rows, disable=None if show else True, **settings)
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import toy
 from batch import Encoded, encode, longest
@@ -28,7 +27,8 @@ from chat import TEMPLATES, Tokenizer
 from checkpoint import (cached_logps, export_experts, find_folder, load_model, load_policy, load_start, read_config,
                         save_model, started_from, weights_hash)
 from common import (CACHE, DTYPES, Parser, UserError, appending, as_command, check_device, check_read, check_values,
-                    content_hash, files_hash, first_line, read_json, setting, source_names, whole_rows, write_text)
+                    content_hash, files_hash, first_line, progress, read_json, setting, source_names, whole_rows,
+                    write_text)
 from data import check_source, get_prompt, load_sources, parse_line, read_lines, source_files
 from judges import health, judge_answers, load_scorer, make_pairs, score_answers, score_file, score_models
 from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
@@ -92,8 +92,8 @@ def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0,
     tokens, stops = tokenizer.encode([rendered[i] for i in left]), {*tokenizer.stop_ids, *model.config.eos_ids}
     prepare = None if experts is None else lambda numbers: use_expert(model, experts[numbers])
     rows = batch_size or len(left)
-    for i, ids in tqdm(stream(model, tokens, max_new_tokens, rows, temperature, top_p, stops, seed, prepare), "answers",
-                       len(prompts), initial=len(skip), unit="answer", disable=not show_progress):
+    answers = stream(model, tokens, max_new_tokens, rows, temperature, top_p, stops, seed, prepare)
+    for i, ids in progress(answers, "answers", len(prompts), show=show_progress, initial=len(skip), unit="answer"):
         yield {"number": left[i], "answer": tokenizer.answer(tokens[i], ids), "ids": ids, "ended": ids[-1] in stops,
                "expert": None if experts is None else int(experts[i])}
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HTTPError
-from tqdm import tqdm
 
 from batch import score
 from checkpoint import find_folder, load_score_model
-from common import CACHE, UserError, appending, content_hash, files_hash, first_line, whole_rows, write_text
+from common import CACHE, UserError, appending, content_hash, files_hash, first_line, progress, whole_rows, write_text
 from data import read_rows, score_margin
 
 
@@ -183,7 +182,7 @@ class Judge:
         replies = {pool.submit(self.ask, *request): key for key, request in new.items()}
         with appending(self.path) as (_, append):
             try:
-                for reply in tqdm(as_completed(replies), desc="judge", total=len(new), unit="verdict"):
+                for reply in progress(as_completed(replies), desc="judge", total=len(new), unit="verdict"):
                     if isinstance(verdict := reply.result(), dict):
                         self.verdicts[replies[reply]] = verdict
                         append({"request": replies[reply], "verdict": verdict})
@@ -283,7 +282,7 @@ def score_file(args):
     loaded = {kind: load_score_model(folder, args.template, args.dtype, args.device) for kind, folder in models.items()}
     rows = (row for row in read_rows([path], row_counts, args.skip_bad_rows) if row[1] is not None)  # not of messages
     partial = out.with_name(f"{out.name}.{work[:12]}.partial")
-    with appending(partial) as (done, append), tqdm(initial=done, desc="scores", unit="row") as bar:
+    with appending(partial) as (done, append), progress(initial=done, desc="scores", unit="row") as bar:
         rows = itertools.islice(rows, done, None)
         while block := list(itertools.islice(rows, BLOCK)):
             texts = [(prompt, response) for _, prompt, responses, *_ in block for response in responses]
@@ -324,7 +323,7 @@ def make_pairs(answers, samples, scorers, batch_size):
     This is the protocol of Mix-DPO's IMDb study (arXiv 2510.08256, Section 5): GPT-2, several rewards, one data set.
     """
     pairs, batch_size = [], batch_size * samples
-    for start in tqdm(range(0, len(answers), batch_size), desc="pairs", unit="batch"):
+    for start in progress(range(0, len(answers), batch_size), desc="pairs", unit="batch"):
         batch = answers[start:start + batch_size]
         for name, scorer in scorers.items():
             scores = scorer([(prompt, response) for prompt, response, _ in batch])

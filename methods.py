@@ -7,6 +7,7 @@ import argparse
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable
 
@@ -65,6 +66,11 @@ class Method:
     prepare: Callable = lambda model, encoded, config: None  # adds labels that need the model
     schedule: Callable = lambda config, done: config         # settings after this share of the steps
     report: Callable | None = None                           # diagnostics of the trained model, for experts.json
+
+    @property
+    def unit(self):
+        """The word for what it trains on."""
+        return "pairs" if self.responses == 2 else "examples"
 
 
 # TOY was chosen on the development split. For other models the defaults in Config are those of SafeDPO's paper, LoRA's
@@ -414,14 +420,14 @@ class Config(SharedFlags):
     low_memory: bool = setting(False, "train all weights in 6 bytes each, not 16: bfloat16, rounded stochastically")
     out: str = setting("out/safedpo", "run folder", "run", free=True)
     resume: bool = setting(False, "go on from the run folder's checkpoint, if any; leave a finished run", free=True)
+    overwrite: bool = setting(False, "train anew though the run folder has a finished run or a checkpoint, which stays "
+                                     "until the new run is finished", free=True)
     save_every: int = setting(0, "steps between checkpoints; 0: by time and when interrupted", free=True, least=0)
     log_every: int = setting(10, "steps between rows of metrics.jsonl", free=True, least=1)
     eval_every: int = setting(0, "steps between measurements on held-out pairs; 0: at the end", free=True, least=0)
     wandb: str = setting("", "log to this Weights & Biases project (needs the wandb package)", free=True)
     harmful_share: float = setting(0.45, "share of the comparisons that ask for harm", "toy", above=0, below=1)
     annotators: int = setting(0, "number of simulated annotators, each with one preference of --groups", least=0)
-    overwrite: bool = setting(False, "train anew though the run folder has a finished run or a checkpoint, which stays "
-                                     "until the new run is finished", free=True)
     eval_split: str = setting("test", "prompts of the closing table", choices=("dev", "test"), free=True)
     temperature: float = setting(0.7, "of the answers that are judged", free=True, least=0)
 
@@ -511,6 +517,8 @@ def resolve(given, inherited=None):
         raise UserError(f"--lora_rank 0: --method {config.method} trains experts; it needs a rank of at least 1")
     method.check(config)
     check_device(config.device)
+    if config.wandb and not find_spec("wandb"):
+        raise UserError("--wandb needs the wandb package: pip install wandb")
     return config
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -198,13 +199,6 @@ def finish_move(out):
         moving.rmdir()
 
 
-def open_metrics(path, first):
-    """(metrics.jsonl, opened to append; its rows), without the rows of steps that a resumed run repeats."""
-    rows = [row for row in whole_rows(path) if row["step"] <= first]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return open(path, "a", encoding="utf-8"), rows
-
-
 def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
     """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl. With sharded weights
     all processes call it, and one has to write."""
@@ -273,61 +267,61 @@ def alarms(rows):
     return found
 
 
-SHOWN = {"loss": "loss", "acc": "rewards/accuracies", "margin": "rewards/margins", "tok/s": "tokens/s"}  # in the bar
-SKIPPED_IN_A_ROW = 10     # then the run ends
+SHOWN = {  # of a row, in the bar or the line: name -> (metric, format)
+    "loss": ("loss", ".4g"), "acc": ("rewards/accuracies", ".2f"), "margin": ("rewards/margins", ".4g"),
+    "tok/s": ("tokens/s", ".0f")}
 
 
 class RunLog:
-    """metrics.jsonl, of the first process, with what is said about it: in the bar, to Weights & Biases, and once for
-    each of `alarms`. done: the steps of a run that goes on."""
+    """metrics.jsonl, which the first process writes, and what is shown of it: the last row in the bar, without a
+    terminal a line for each; held-out metrics; each of `alarms` once; with --wandb, all of it there.
 
-    def __init__(self, out, done, config, processes):
-        self.first, self.warned, self.skipped, self.wandb = processes.rank == 0, set(), 0, None
-        if self.first:
-            self.file, self.rows = open_metrics(out / "metrics.jsonl", done)
-            self.wandb = start_wandb(config)
+    done: the steps that lie behind a run that goes on. unit: the word for what it trains on, such as pairs.
+    """
 
-    def __enter__(self):
-        return self
+    def __init__(self, out, done, config, processes, bar, unit):
+        self.path, self.bar, self.unit, self.warned, self.skipped = out / "metrics.jsonl", bar, unit, set(), 0
+        self.say = (lambda line: print(line, flush=True)) if bar.disable else bar.write
+        self.writes, self.wandb = processes.rank == 0, None
+        if self.writes:
+            self.rows = [row for row in whole_rows(self.path) if row["step"] <= done]  # the others come again
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            self.started = time.perf_counter() - (self.rows[-1].get("seconds", 0) if self.rows else 0)
+        if self.writes and config.wandb:
+            import wandb
+            self.wandb = wandb.init(project=config.wandb, config=asdict(config))
 
-    def __exit__(self, *_):
-        if self.first:
-            self.file.close()
-
-    def write(self, row, steps, bar):
-        """Add a row. steps: [(pairs, whether loss and gradient were finite)] since the one before."""
+    def write(self, row, steps):
+        """Add a row and its time, in seconds since training started. steps: [(pairs, whether loss and gradient were
+        finite)] since the row before. Returns how many of the steps up to them were skipped in a row, at most."""
+        most = 0
         for pairs, finite in steps:
             self.skipped = 0 if finite else self.skipped + 1
+            most = max(most, self.skipped)
             if not finite:
-                bar.write(f"step skipped, its loss or gradient is not finite: pairs {', '.join(map(str, pairs))}")
-            if self.skipped == SKIPPED_IN_A_ROW:
-                raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, up to about step "
-                                f"{row['step']}: try a lower --lr, or look at these pairs; a checkpoint has the "
-                                "weights before them")
-        if not self.first:
-            return
-        self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log(row)
-        if measured := ", ".join(f"{key} {row[key]:.4g}" for key in row if key.startswith("eval/")):
-            bar.write(f"step {row['step']}: {measured}")
+                self.say(f"step skipped, its loss or gradient is not finite: {self.unit} {', '.join(map(str, pairs))}")
+        if self.writes:
+            self.rows.append(row := {**row, "seconds": round(time.perf_counter() - self.started, 3)})
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if self.wandb:
+                self.wandb.log(row)
+            self.show(row)
+        return most
+
+    def show(self, row):
+        """Print a row's main metrics, its held-out ones, and the alarms that it sets off."""
+        shown = {name: format(row[metric], form) for name, (metric, form) in SHOWN.items() if metric in row}
+        if skipped := sum(logged.get("skipped", 0) for logged in self.rows):
+            shown["skipped"] = str(skipped)
+        self.bar.set_postfix(shown)
+        if self.bar.disable:
+            self.say("  ".join([f"step {row['step']}/{self.bar.total}", *map(" ".join, shown.items())]))
+        held_out = {name: value for name, value in row.items() if name.startswith("eval/")}
+        if count := held_out.pop("eval/n", 0):
+            self.say(f"step {row['step']}: {', '.join(f'{name} {held_out[name]:.4g}' for name in held_out)} "
+                     f"(n = {count} held-out {self.unit})")
         for name, warning in alarms(self.rows).items():
             if name not in self.warned:
-                bar.write(f"warning, step {row['step']}: {warning}")
+                self.say(f"warning, step {row['step']}: {warning}")
             self.warned.add(name)
-        shown = {short: f"{row[name]:.4g}" for short, name in SHOWN.items() if name in row}
-        skipped = sum(row.get("skipped", 0) for row in self.rows)
-        bar.set_postfix(shown | ({"skipped": skipped} if skipped else {}))
-
-
-def start_wandb(config):
-    """A Weights & Biases run, or None without --wandb."""
-    if not config.wandb:
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the wandb package: pip install wandb") from None
-    return wandb.init(project=config.wandb, config=asdict(config))

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from tqdm import tqdm
 
 import toy
 from batch import batches, encode_pairs, epoch_order, pack, precision, show_pair, split_step
@@ -25,7 +24,7 @@ from chat import TEMPLATES, Tokenizer
 from checkpoint import (adapter_warnings, cached_logps, find_folder, load_model, load_start, load_trained, read_config,
                         save_model, save_trained, shard)
 from common import (DTYPES, UserError, as_command, atomic_folder, content_hash, files_hash, gathered, is_sharded,
-                    stop_signals, write_text)
+                    progress, stop_signals, write_text)
 from data import VIEWS, apply_view, flip_labels, load_sources, require
 from eval import evaluate_run
 from judges import add_margins
@@ -143,7 +142,8 @@ def measure(model, encoded, config, processes=ALONE):
             loss, metrics = METHODS[config.method].loss(model, batch, config)
         accumulate(sums, {"loss": loss, **metrics}, len(indices))
     model.train()
-    return {f"eval/{name}": total / len(encoded) for name, total in processes.total(sums).items()}
+    return {"eval/n": len(encoded),
+            **{f"eval/{name}": total / len(encoded) for name, total in processes.total(sums).items()}}
 
 
 def accumulate(sums, metrics, times=1):
@@ -278,14 +278,17 @@ def means(totals):
 
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most the last ten minutes
+SKIPPED_IN_A_ROW = 10     # then the run ends
 
 
 def steps_of(count, per_step, config):
-    """Optimiser steps for so many pairs; prints what is left out or repeated."""
+    """Optimiser steps for the pairs of all epochs; prints them, with what is left out or repeated."""
     steps = max(1, count // per_step)
-    if rest := count - steps * per_step:
-        print(f"{count} pairs in steps of {per_step}, " + (f"leaving out the last {rest}" if rest > 0 else
-                                                          f"repeating {-rest}"), flush=True)
+    rest = count - steps * per_step
+    unit = METHODS[config.method].unit
+    print(f"{config.epochs} epoch{'s' * (config.epochs > 1)} of {count // config.epochs} {unit}, "
+          f"in {steps} step{'s' * (steps > 1)} of {per_step}" + f", leaving out the last {rest}" * (rest > 0)
+          + f", repeating {-rest}" * (rest < 0) + f"; --max_steps {config.max_steps}" * (0 < config.max_steps < steps))
     return min(steps, config.max_steps) if config.max_steps else steps
 
 
@@ -306,12 +309,12 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     steps = steps_of(len(order), per_step, config)
     method, (first, sums) = METHODS[config.method], load_checkpoint(out, parameters, optimizer)
     sums = dict(sums[processes.rank] if len(sums) == processes.count else {} if processes.rank else add_up(sums))
-    log = RunLog(out, first, config, processes)
-    bar = tqdm(range(first, steps), desc=config.method, unit="step", initial=first, total=steps,
-               disable=processes.rank > 0)
+    bar = progress(range(first, steps), desc=config.method, unit="step", initial=first, total=steps,
+                   show=processes.rank == 0)
+    log = RunLog(out, first, config, processes, bar, method.unit)
     model.train()
     steps_since, tokens, since, saved = [], 0, time.perf_counter(), time.monotonic()
-    with stop_signals() as came, log, bar:
+    with stop_signals() as came, bar:
         for step in bar:
             lr, now = learning_rate(step, steps, config), method.schedule(config, step / steps)
             for group in optimizer.param_groups:
@@ -324,11 +327,15 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
             tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps
             due = held_out is not None and (last or bool(config.eval_every) and done % config.eval_every == 0)
             if done % config.log_every == 0 or last or due:
-                row = {"step": done, **means(processes.total(sums)), "lr": lr,
+                row = {"step": done, "epoch": round(config.epochs * done * per_step / len(order), 4),
+                       **means(processes.total(sums)), "lr": lr,
                        "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
                     row.update(measure(model, held_out, now, processes))
-                log.write(row, steps_since, bar)
+                if log.write(row, steps_since) >= SKIPPED_IN_A_ROW:
+                    raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, up to about "
+                                    f"step {done}: try a lower --lr, or look at these {method.unit}; a checkpoint has "
+                                    "the weights before them")
                 sums, steps_since, tokens, since = {}, [], 0, time.perf_counter()
             late = time.monotonic() - saved > CHECKPOINT_SECONDS and processes.rank == 0
             wanted = processes.total({"stop": bool(came), "save": late})
@@ -478,6 +485,8 @@ def main(argv=None):
     before, results = METHODS[config.method].prerequisites(config)
     last = replace(config, **results)
     toy.one_thread(last.model)
+    if processes.once(lambda: is_finished(last, processes)):
+        before = []  # nothing has to be made for it
     for each in (*before, last) if before else ():
         print(f"{each.out}: --method {each.method} --view {each.view}", flush=True)
     for each in (*before, last):
@@ -485,8 +494,6 @@ def main(argv=None):
             print(f"{each.out}: finished with these settings, kept", flush=True)
         else:
             run(each, processes)
-    if processes.once(lambda: is_finished(last, processes)):
-        before = []  # nothing has to be made for it
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def rows(folder):
 
 
 def timeless(folder):
-    return [{name: value for name, value in row.items() if name != "tokens/s"} for row in rows(folder)]
+    return [{name: value for name, value in row.items() if name not in ("tokens/s", "seconds")} for row in rows(folder)]
 
 
 def load_run(*flags, groups=()):

@@ -1,8 +1,10 @@
 """A run's folder: --resume, --overwrite, nothing finished is lost, kills during the move, the log, inputs in --out."""
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +20,13 @@ from common import content_hash, read_json
 from conftest import edit_json, files_of, interrupt_at, mistake, rows, run, timeless, write_rows
 
 FLAGS = ("--method", "safedpo", "--lora_rank", 4, "--max_steps", 4, "--log_every", 1)
-
-
 ADAPTER = Path("adapter/adapter_model.safetensors")
 
 
 def stamps(out):
     return {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
 def interrupted(patch, step, *flags):
     """A run that a signal ends during this step."""
     with patch.context() as here, pytest.raises(KeyboardInterrupt):
@@ -189,9 +191,9 @@ def test_a_kill_at_any_moment_of_the_move_loses_neither_run(quick, monkeypatch):
         shutil.rmtree("out/run", ignore_errors=True)
         shutil.copytree("out/old", "out/run")
         shutil.copytree("out/new", "out/run/.new")
+        edit_json(Path("out/run/.new/config.json"), finished="absent")
         calls = iter(range(stop))
 
-        edit_json(Path("out/run/.new/config.json"), finished="absent")
         def killing(change):
             def change_or_be_killed(path, *rest, **settings):
                 if path.exists() and next(calls, None) is None:
@@ -280,15 +282,59 @@ def test_held_out_metrics_are_shown_as_they_come_and_at_the_end(quick, capsys):
     run("run", *FLAGS, "--eval_every", 2)
     lines = [line for line in capsys.readouterr().out.splitlines() if "eval/loss" in line]
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 4"]
-    assert all("eval/rewards/accuracies" in line for line in lines)
+    count = rows(Path("out/run"))[-1]["eval/n"]
+    assert all("eval/rewards/accuracies" in line and line.endswith(f" (n = {count} held-out pairs)") for line in lines)
 
 
-@pytest.mark.parametrize("size, line", ((7, "56 pairs in steps of 7"), (9, "leaving out the last 2"),
-                                        (40, "leaving out the last 16"), (64, "repeating 8")))
-def test_what_the_batch_size_leaves_out_or_repeats_is_said(quick, capsys, size, line):
-    run("run", "--method", "safedpo", "--epochs", 1, "--batch_size", size, "--max_steps", 1)
-    printed = capsys.readouterr().out
-    assert (line in printed) == (size != 7) and ("pairs in steps" in printed) == (size != 7)
+@pytest.mark.parametrize("flags, line", (
+    (("--batch_size", 7), "1 epoch of 56 pairs, in 8 steps of 7; --max_steps 1"),
+    (("--batch_size", 9), "1 epoch of 56 pairs, in 6 steps of 9, leaving out the last 2; --max_steps 1"),
+    (("--batch_size", 64), "1 epoch of 56 pairs, in 1 step of 64, repeating 8"),
+    (("--epochs", 3, "--grad_accum", 2),
+     "3 epochs of 56 pairs, in 10 steps of 16, leaving out the last 8; --max_steps 1"),
+    (("--method", "sft"), "1 epoch of 60 examples, in 7 steps of 8, leaving out the last 4; --max_steps 1")))
+def test_the_steps_of_a_run_and_what_they_leave_out_or_repeat_are_said(quick, capsys, flags, line):
+    run("run", "--method", "safedpo", "--epochs", 1, "--max_steps", 1, *flags)
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_without_a_terminal_each_row_is_a_line_and_there_is_no_bar(quick, capsys):
+    run("run", "--method", "safedpo", "--max_steps", 5, "--log_every", 2)
+    shown = capsys.readouterr()
+    lines = [line.split("  ") for line in shown.out.splitlines() if line.startswith("step") and ":" not in line]
+    assert [line[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5"] and not shown.err
+    for line, row in zip(lines, rows(Path("out/run")), strict=True):
+        assert line[1:3] == [f"loss {row['loss']:.4g}", f"acc {row['rewards/accuracies']:.2f}"]
+        assert line[-1] == f"tok/s {row['tokens/s']:.0f}"
+
+
+def test_on_a_terminal_there_is_a_bar_instead(quick, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run("run", "--method", "safedpo", "--max_steps", 2, "--log_every", 1)
+    shown = capsys.readouterr()
+    assert "step 1/2" not in shown.out and "loss=" in shown.err and "2/2" in shown.err
+
+
+def test_rows_have_the_epoch_and_the_seconds_since_the_start_where_a_resumed_run_goes_on(quick, monkeypatch):
+    flags = ("--method", "safedpo", "--epochs", 1, "--max_steps", 4, "--log_every", 1)
+    interrupted(monkeypatch, 2, *flags)
+    *before, last = rows(Path("out/run"))
+    write_rows("out/run/metrics.jsonl", *before, {**last, "seconds": 1000})
+    logged = rows(run("run", *flags, "--resume"))
+    assert [row["epoch"] for row in logged] == [round(8 * step / 56, 4) for step in (1, 2, 3, 4)]
+    seconds = [row["seconds"] for row in logged]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] == 1000 < seconds[3] < 1060
+
+
+def test_wandb_gets_every_row_and_is_missed_before_anything_is_read(quick, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "base_folder", lambda *_: pytest.fail("the run begins"))
+        assert "pip install wandb" in mistake(*FLAGS, "--wandb", "project", "--out", "out/none")
+    sent = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
+        __spec__=True, init=lambda project, config: SimpleNamespace(log=sent.append)))
+    assert sent == rows(run("run", *FLAGS, "--wandb", "project"))
 
 
 def test_the_run_folder_shows_the_tokens_of_the_first_pair(quick):

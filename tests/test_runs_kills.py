@@ -22,9 +22,9 @@ import chat
 import methods
 import runs as runs_file
 import train
-from common import as_command
+from common import as_command, progress, whole_rows
 from conftest import change_loss, files_of, interrupt_at, json_lines, line_of, mistake, rows, run, timeless
-from runs import LONG, alarms
+from runs import ALONE, LONG, alarms
 
 KILLS = int(os.environ.get("KILLS", 2))
 METHODS = {
@@ -146,12 +146,12 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_named(quick, mon
     assert [row.get("skipped", 0) for row in logged] == [1, 0, 2]
     assert all(np.isfinite(value) for row in logged for value in row.values())
     assert "loss" not in logged[2] and 0.1 < logged[0]["loss"] / logged[1]["loss"] < 10
-    shown = capsys.readouterr()
+    printed = capsys.readouterr().out
     config = methods.parse_flags([*map(str, FLAGS), "--device", "cpu"])
     order = train.training_order(train.load_data(config, chat.Tokenizer(train.base_folder(config)))[0], config)
     for i in (1, 4, 5):
-        assert f"pairs {', '.join(map(str, order[8 * i:8 * i + 8]))}" in shown.out
-    assert "skipped=3" in shown.err
+        assert f"pairs {', '.join(map(str, order[8 * i:8 * i + 8]))}" in printed
+    assert "  skipped 3" in printed
 
 
 def test_a_skipped_step_changes_no_weight(quick, monkeypatch):
@@ -171,7 +171,7 @@ def test_a_gradient_that_overflows_is_skipped_too(quick, monkeypatch):
 def test_ten_skipped_steps_in_a_row_end_the_run_and_the_checkpoint_before_stays(quick, monkeypatch):
     poisoned(monkeypatch, range(3, 100))
     message = line_of(run, "run", *FLAGS, "--epochs", 9, "--save_every", 2)
-    assert "10 steps in a row" in message and "--lr" in message
+    assert "10 steps in a row" in message and "--lr" in message and rows(Path("out/run"))[-1]["skipped"] > 0
     good = torch.load("out/run/checkpoint/state.pt", weights_only=True)
     assert all(value.isfinite().all() for value in good["parameters"].values())
     assert not Path("out/run/adapter").exists()
@@ -201,7 +201,7 @@ def test_alarms_ring_after_ten_rows_and_say_what_to_try(name, values, fine):
 
 
 def test_an_alarm_is_one_line_once(quick, monkeypatch, capsys):
-    monkeypatch.setattr(train, "alarms", lambda logged: {"stuck": "it is stuck"} if len(logged) > 1 else {})
+    monkeypatch.setattr(runs_file, "alarms", lambda logged: {"stuck": "it is stuck"} if len(logged) > 1 else {})
     run("run", *FLAGS, "--max_steps", 6, "--log_every", 1)
     assert capsys.readouterr().out.count("warning, step 2: it is stuck") == 1
 
@@ -222,5 +222,6 @@ def test_half_a_row_breaks_no_reader_of_metrics(quick):
     out = run("run", *FLAGS, "--max_steps", 4)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
-    assert [row["step"] for row in runs_file.open_metrics(out / "metrics.jsonl", 9)[1]] == [2, 4]
-    assert [row["step"] for row in json_lines(out / "metrics.jsonl")] == [2, 4]
+    assert [row["step"] for row in whole_rows(out / "metrics.jsonl")] == [2, 4]
+    log = runs_file.RunLog(out, 9, methods.Config(), ALONE, progress(), "pairs")
+    assert [row["step"] for row in log.rows] == [row["step"] for row in json_lines(out / "metrics.jsonl")] == [2, 4]
