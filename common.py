@@ -256,23 +256,20 @@ def source_names(text):
 def weighted_names(text):
     """"help=2,harm" -> (("help", 2.0), ("harm", 1.0)); "help,harm" -> (("help", None), ("harm", None))."""
     parts = [part.partition("=") for part in text.split(",") if part]
-    if len({name for name, _, _ in parts}) < len(parts):
-        raise argparse.ArgumentTypeError(f"a name stands there twice: {text}")
     try:
-        shares = [float(share or 1) if "=" in text else None for _, _, share in parts]
+        weights = {name: float(weight or 1) if "=" in text else None for name, _, weight in parts}
     except ValueError:
-        shares = [math.nan]
-    if not all(share is None or 0 < share < math.inf for share in shares):
-        raise argparse.ArgumentTypeError(f"a share must be a number more than 0: {text}")
-    return tuple((name, share) for (name, _, _), share in zip(parts, shares))
+        weights = {}
+    if len(weights) < len(parts) or not all(weight is None or 0 < weight < math.inf for weight in weights.values()):
+        raise argparse.ArgumentTypeError(f"expected names, each once, with weights of more than 0 or without: {text}")
+    return tuple(weights.items())
 
 
 def as_typed(value):
     """A flag's value in the words of a command line: the inverse of the readers above."""
-    if not isinstance(value, tuple):
-        return str(value)
-    return ",".join(f"{part[0]}{'' if part[1] is None else f'={part[1]:g}'}" if isinstance(part, tuple) else str(part)
-                    for part in value)
+    values = value if isinstance(value, tuple) else (value,)
+    pairs = [value if isinstance(value, tuple) else (value, None) for value in values]
+    return ",".join(str(name) if weight is None else f"{name}={weight:g}" for name, weight in pairs)
 
 
 def check_values(settings, values):
@@ -281,9 +278,9 @@ def check_values(settings, values):
         value, (least, above, below, most) = values.get(flag.name), flag.metadata["bounds"]
         if value is not None and flag.metadata["choices"] and value not in flag.metadata["choices"]:
             raise UserError(f"--{flag.name} {value}: choose from {', '.join(filter(None, flag.metadata['choices']))}")
-        numbers = value if isinstance(value, tuple) else (value,)
-        for number in (one for one in numbers if isinstance(one, (int, float))):
-            wrong = ("not a finite number" if not abs(number) < 1e300 else
+        for number in value if isinstance(value, tuple) else (value,):
+            wrong = ("" if not isinstance(number, (int, float)) else
+                     "not a finite number" if not abs(number) < 1e300 else
                      f"must be at least {least}" if least is not None and number < least else
                      f"must be more than {above}" if above is not None and number <= above else
                      f"must be less than {below}" if below is not None and number >= below else
@@ -305,6 +302,16 @@ def check_device(device):
         torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device}: {first_line(error)}") from None
+
+
+THEIRS = {  # flags of transformers and TRL: what does the same here
+    "gradient_accumulation_steps": "--grad_accum", "gradient_checkpointing": "--checkpointing", "lora_r": "--lora_rank",
+    "lr_scheduler_type": "--warmup, then always a cosine", "overwrite_output_dir": "--overwrite", "output_dir": "--out",
+    "per_device_train_batch_size": "--batch_size", "resume_from_checkpoint": "--resume", "num_train_epochs": "--epochs",
+    "model_name_or_path": "--model", "logging_steps": "--log_every", "lora_target_modules": "--lora_targets",
+    "eval_steps": "--eval_every", "max_grad_norm": "--grad_clip", "bf16": "--dtype bfloat16", "use_peft": "--lora_rank",
+    "warmup_ratio": "--warmup", "save_steps": "--save_every", "dataset_name": "--data", "report_to": "--wandb PROJECT",
+    "max_length": "--max_len", "max_seq_length": "--max_len", "torch_dtype": "--dtype", "learning_rate": "--lr"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -335,9 +342,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", dest="help", action="store_true", help=argparse.SUPPRESS)
 
     def error(self, message):
-        """One line instead of argparse's page of usage, with the nearest flag where one was mistyped."""
-        unknown = message.removeprefix("unrecognized arguments: ").partition(" ")[0]
-        near = difflib.get_close_matches(unknown, self._option_string_actions, 1) if unknown.startswith("-") else []
+        """One line instead of argparse's page of usage: what a flag of others is called here, or the nearest one."""
+        flag = re.split("[ =]", message.removeprefix("unrecognized arguments: "))[0]
+        ours = THEIRS.get(name := flag.lstrip("-").replace("-", "_"), f"--{name}")
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1) if flag.startswith("-") else []
+        if re.match("[-a-z_]*", ours)[0] in self._option_string_actions:
+            raise UserError(f"unrecognized {flag}: here it is {ours}")
         raise UserError(message + (f"; did you mean {near[0]}?" if near else ""))
 
 
@@ -349,15 +359,14 @@ def progress(*rows, show=True, **settings):
 @contextmanager
 def stop_signals():
     """Yield a list that is no longer empty once Ctrl-C or SIGTERM came; a second one ends the program at once."""
-    came, before = [], {}
+    came = []
 
     def note(number, frame):
         if came:
             raise KeyboardInterrupt(number)
         came.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield came
     finally:
@@ -384,5 +393,4 @@ def as_command(main, name, interrupted):
             torch.distributed.destroy_process_group()
             if sys.exc_info()[0] is None:  # torch may still keep the group's threads in a cache, and now and then they
                 sys.stdout.flush()         # abort the interpreter at its end: end without it
-                sys.stderr.flush()
                 os._exit(0)

@@ -1,5 +1,6 @@
 """The command line: settings and presets, --help, and one line for every mistake, before a run folder is made."""
 import os
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
@@ -7,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import common
+import eval as eval_file
 import toy
 import train
 from common import check_values
-from conftest import BASE, ROOT, check_mistake, grouped_file, mistake, write_rows
+from conftest import BASE, ROOT, check_mistake, grouped_file, line_of, mistake, write_rows
 from methods import Config, parse_flags, resolve
 
 # Mistakes
@@ -19,6 +22,10 @@ MISTAKES = {
     "safedpo": (
         (("--method", "ppo"), ("ppo", "safedpo", "dpo", "sft")),
         (("--mehtod", "dpo"), ("--mehtod", "did you mean --method")),
+        (("--learning_rate", "1e-5"), ("unrecognized --learning_rate: here it is --lr",)),
+        (("--learning-rate=1e-5",), ("unrecognized --learning-rate: here it is --lr",)),
+        (("--batch-size", "4"), ("unrecognized --batch-size: here it is --batch_size",)),
+        (("--bf16",), ("unrecognized --bf16: here it is --dtype bfloat16",)),
         (("--epochs", "many"), ("--epochs", "many")),
         (("--delta", "ten"), ("--delta", "ten")),
         (("--delta", "-1"), ("--delta", "-1")),
@@ -141,6 +148,15 @@ def test_the_command_line_answers_mistakes_with_one_line_and_no_traceback(tmp_pa
         assert process.returncode == 1 and not printed, command
         assert error.count("\n") == 1 and error.startswith(f"{command[0]}: ") and "Traceback" not in error, error
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_flags_of_transformers_and_trl_are_answered_with_flags_that_there_are(place):
+    for theirs, ours in common.THEIRS.items():
+        assert theirs not in {flag.name for flag in fields(Config)}
+        assert mistake(f"--{theirs}", "1") == f"unrecognized --{theirs}: here it is {ours}"
+        assert re.match("--([a-z_]+)", ours)[1] in {flag.name for flag in fields(Config)}
+    assert line_of(eval_file.main, ["--max_length", "9"]) == "unrecognized --max_length: here it is --max_len"
+    assert "here it is" not in line_of(eval_file.main, ["--learning_rate", "9"])
 
 
 # Flags that a run would not read
