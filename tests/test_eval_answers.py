@@ -161,7 +161,7 @@ def test_other_settings_or_weights_make_other_answers(policy):
     evaluate(policy, "--seed", 1)
     evaluate(policy, "--temperature", 0)
     assert len([*Path(policy).glob("answers-*.jsonl")]) == 3
-    run("dpo", "--method", "dpo", "--lora_rank", 4, "--lr", 1e-2, "--max_steps", 3)
+    run("dpo", "--method", "dpo", "--lora_rank", 4, "--lr", 1e-2, "--max_steps", 3, "--overwrite")
     assert not [*Path(policy).glob("answers-*.jsonl")], "those of the weights before went with them"
 
 
