@@ -54,6 +54,7 @@ class Method:
     build: Callable = build_policy
     reads: tuple = ()             # the flags that it reads and not every method does
     responses: int = 2            # 1: only the chosen response is trained on
+    unit: str = "pairs"           # the word for what it trains on
     reference: str = "start"      # the policy that the loss compares with: the start, the base below it, or "" for none
     labels: tuple = ()            # of Pair, without which the loss is not defined
     preset: dict = field(default_factory=dict)  # settings that differ from the defaults in Config, as on a command line
@@ -66,11 +67,6 @@ class Method:
     prepare: Callable = lambda model, encoded, config: None  # adds labels that need the model
     schedule: Callable = lambda config, done: config         # settings after this share of the steps
     report: Callable | None = None                           # diagnostics of the trained model, for experts.json
-
-    @property
-    def unit(self):
-        """The word for what it trains on."""
-        return "pairs" if self.responses == 2 else "examples"
 
 
 # TOY was chosen on the development split. For other models the defaults in Config are those of SafeDPO's paper, LoRA's
@@ -105,7 +101,7 @@ def safedpo(model, batch, config):
                                config.beta, config.delta, config.label_smoothing)
 
 
-METHODS["sft"] = Method("helpful", sft, responses=1, reference="", reads=("init_adapter", "turns"),
+METHODS["sft"] = Method("helpful", sft, responses=1, unit="examples", reference="", reads=("init_adapter", "turns"),
                         preset={"lr": lambda v: 1e-4 if v["lora_rank"] else 2e-5},  # safe-rlhf's; LoRA: ours
                         toy={"lr": TOY["lr"]})
 METHODS["dpo"] = Method("helpful", dpo, reads=("init_adapter", *PREFERENCE))
@@ -183,11 +179,6 @@ def score_model_runs(config, names):
             {f"{name}_model": f"{config.out}/{name}/model" for name in missing})
 
 
-def spe_dpo_prerequisites(config):
-    """On toy, the score model of the view. On other data the user names one, or its rows have scores."""
-    return score_model_runs(config, [VIEWS[config.view].score] if config.on_toy else [])
-
-
 def midpo_prerequisites(config):
     """Reward and cost model, safety and helpfulness expert. The run itself is the router's."""
     if config.init_adapter:
@@ -201,7 +192,8 @@ def midpo_prerequisites(config):
 
 SCORES = ("reward_model", "cost_model", "score_template")
 METHODS["spe-dpo"] = Method(
-    "safety", spe_dpo, labels=("margin",), prerequisites=spe_dpo_prerequisites,
+    "safety", spe_dpo, labels=("margin",),  # on other data the user names a score model
+    prerequisites=lambda config: score_model_runs(config, [VIEWS[config.view].score] if config.on_toy else []),
     reads=("init_adapter", *PREFERENCE, *SCORES),
     preset={"lora_rank": 16, "weight_decay": 0.01},
     toy={"epochs": lambda v: 1 if v["view"] == "helpful" else 2})  # about as many steps for either expert
@@ -269,6 +261,8 @@ METHODS["pmol"] = Method(
 
 def build_mixture(config, model, groups):
     """K adapters, or with --share trunk K heads, and the gate."""
+    if not groups and (config.gate == "user" or config.latent == "annotator"):
+        raise UserError("--gate user and --latent annotator: these comparisons do not say who made them")
     for folder in config.references:
         read_config(find_folder(folder))
     if config.init_adapter:
@@ -307,12 +301,6 @@ def check_mixture(config):
                             f"{config.experts} experts")
 
 
-def settle_mixture(config, groups):
-    if not groups and (config.gate == "user" or config.latent == "annotator"):
-        raise UserError("--gate user and --latent annotator: these comparisons do not say who made them")
-    return config
-
-
 def prepare_mixture(model, encoded, config):
     """labels["pooled"], (N, D), for a gate on prompts; labels["annotator"], (N,), where annotators have latents."""
     if config.gate == "prompt":
@@ -322,8 +310,8 @@ def prepare_mixture(model, encoded, config):
         encoded.labels["annotator"] = np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
 
 
-MIXTURE = dict(build=build_mixture, needs_experts=True, adapters=0, check=check_mixture, settle=settle_mixture,
-               prepare=prepare_mixture, schedule=anneal, report=mixture_report,
+MIXTURE = dict(build=build_mixture, needs_experts=True, adapters=0, check=check_mixture, prepare=prepare_mixture,
+               schedule=anneal, report=mixture_report,
                reads=("init_adapter", "beta", "experts", "share", "gate", "expert_noise", "references", "objective",
                       "latent", "q_temperature", "router_lr"))
 # The poster gives no rates. Ours: experts part, and a learned gate leaves 1/K, within a few hundred steps of 8 pairs
@@ -508,7 +496,13 @@ def resolve(given, inherited=None):
         values[flag.name] = flag.metadata["read"](value) if flag.metadata["read"] and isinstance(value, str) else value
     check_values(Config, values)
     check_read(given, not_read(values))
-    check_inputs(values, given)
+    for source in () if toy_data else values["data"]:
+        check_source(source)
+    unknown = {name for name, _ in values["groups"]} - set(toy.PREFERENCES)
+    if toy_data and unknown:
+        raise UserError(f"--groups: toy has no preference {min(unknown)}; it has {', '.join(toy.PREFERENCES)}")
+    for name in filter(None, (*given.get("references", ()), given.get("reward_model"), given.get("cost_model"))):
+        find_folder(name)
     config = Config(**values)
     started, adapters = len(config.init_adapter), method.adapters or config.experts
     if started not in (0, adapters):
@@ -520,18 +514,6 @@ def resolve(given, inherited=None):
     if config.wandb and not find_spec("wandb"):
         raise UserError("--wandb needs the wandb package: pip install wandb")
     return config
-
-
-def check_inputs(values, given):
-    """Raise UserError for an input that is not there."""
-    for source in values["data"] if values["data"] != ("toy",) else ():
-        check_source(source)
-    unknown = {name for name, _ in values["groups"]} - set(toy.PREFERENCES)
-    if values["data"] == ("toy",) and unknown:
-        raise UserError(f"--groups: toy has no preference {min(unknown)}; it has {', '.join(toy.PREFERENCES)}")
-    for name in (*given.get("references", ()), given.get("reward_model"), given.get("cost_model")):
-        if name:
-            find_folder(name)
 
 
 # What a prerequisite run decides for itself; it inherits every other setting that both methods read
