@@ -1,8 +1,7 @@
 """Train a policy by preference: `python train.py --method safedpo --delta 10` runs with nothing else given.
 
-A method is a row of METHODS: a view of the comparisons × what is trained × a loss. Each algorithm is one section, with
-its idea, builder, loss, prerequisite runs and row. Then comes what all methods share: settings, the toy base model,
-reference log-probs, the training loop, and the steps of a run in `run` and `main`.
+What all methods share: the toy base model, the pairs and their reference log-probs, the training loop, and a run from its
+first to its last step. Read from the end: `main`, `run`, `train`, `train_step`; methods.py has the methods.
 """
 import ctypes
 import json
@@ -28,8 +27,7 @@ from common import (DTYPES, UserError, as_command, atomic_folder, content_hash, 
 from data import VIEWS, apply_view, flip_labels, load_sources, require
 from eval import evaluate_run
 from judges import add_margins
-from lora_moe import (count_experts, disable_experts, is_mixture, is_router, perturb_experts, trainable_parameters,
-                      use_expert)
+from lora_moe import disable_experts, is_mixture, is_router, perturb_experts, trainable_parameters, use_expert
 from methods import FREE, METHODS, parse_flags, resolve
 from model import ScoreModel, compile_once
 from runs import (ALONE, Processes, RunLog, add_up, close_run, earlier_run, load_checkpoint, one_line_if_lost, open_run,
@@ -91,16 +89,15 @@ def load_data(config, tokenizer):
     if not present.issuperset(groups):
         raise UserError(f"--groups: no comparison belongs to {', '.join(sorted(set(groups) - present))}; there are "
                         f"{', '.join(sorted(present)) or 'no groups'}")
-    parts = []
+    sets = []
     for name, pairs in (("train", train), ("held_out", test)):
         pairs = [pair for pair in pairs if not groups or pair.group in groups]
-        encoded = encode_pairs(tokenizer, pairs, config.max_len, method.responses,
-                               groups or (parts[0].groups if parts else ())) if pairs else None
-        if pairs and encoded.cut:
-            cut = ", ".join(f"{count} {what}" for what, count in encoded.cut.items())
+        numbered = groups or (sets[0].groups if sets else ())  # held-out pairs have the training pairs' numbers
+        sets.append(encode_pairs(tokenizer, pairs, config.max_len, method.responses, numbered) if pairs else None)
+        if pairs and sets[-1].cut:
+            cut = ", ".join(f"{count} {what}" for what, count in sets[-1].cut.items())
             print(f"{name}, --max_len {config.max_len}: {cut}", flush=True)
-        parts.append(encoded)
-    return parts
+    return sets
 
 
 def reference_logps(model, encoded, config, processes=ALONE):
@@ -109,20 +106,17 @@ def reference_logps(model, encoded, config, processes=ALONE):
     They do not change during training, so one pass before it is enough, and one network in memory.
     """
     model.eval()
-    settings = encoded, config.dtype, config.device, processes
-    if config.references:
-        mesh, logps = config.fsdp and processes.mesh(config.device), []
-        for folder in config.references:
-            one = load_model(folder, device=config.device, mesh=mesh)
-            if mesh:
-                shard([one], mesh)
-            logps.append(cached_logps(one, *settings))
-        return torch.stack(logps, dim=-1)
-    if METHODS[config.method].reference == "start" and config.init_adapter:
-        logps = []
-        for k in range(count_experts(model)):
-            use_expert(model, k)
-            logps.append(cached_logps(model, *settings))
+    settings, logps = (encoded, config.dtype, config.device, processes), []
+    mesh = config.fsdp and processes.mesh(config.device)
+    for folder in config.references:
+        policy = load_model(folder, device=config.device, mesh=mesh)
+        if mesh:
+            shard([policy], mesh)
+        logps.append(cached_logps(policy, *settings))
+    for k in range(len(config.init_adapter)) if METHODS[config.method].reference == "start" and not logps else ():
+        use_expert(model, k)
+        logps.append(cached_logps(model, *settings))
+    if logps:
         return torch.stack(logps, dim=-1).squeeze(-1)
     with disable_experts(model):  # new experts are zero: the base is the start
         return cached_logps(model, *settings)
