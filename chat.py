@@ -1,21 +1,21 @@
 """The tokenizer, and the chat templates that turn a dialogue into text."""
 import json
-import math
+import os
 import re
-from collections.abc import Collection, Iterator
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime
-from functools import cached_property, wraps
+from functools import cache, cached_property
+from itertools import groupby, islice
 from os.path import commonprefix
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 
 import tokenizers
-from jinja2 import TemplateError, nodes, pass_context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import StrictUndefined, Template, TemplateError
 
 from common import KINDS, UserError, check_keys, first_line, read_json
-
-
-# Tokens
 
 
 def as_messages(prompt):
@@ -24,13 +24,10 @@ def as_messages(prompt):
         return prompt
     if not prompt.startswith("\n\nHuman:"):
         return [{"role": "user", "content": prompt}]
-    messages, turns = [], re.split(r"\n\n(Human|Assistant):", prompt)[1:]  # speaker, text, speaker, text, …
-    for speaker, text in zip(turns[::2], turns[1::2]):
-        role, content = "user" if speaker == "Human" else "assistant", text.strip()
-        if messages and messages[-1]["role"] == role:  # templates want the two to take turns
-            messages[-1]["content"] += "\n\n" + content
-        else:
-            messages.append({"role": role, "content": content})
+    turns = re.split(r"\n\n(Human|Assistant):", prompt)[1:]  # speaker, text, speaker, text, …
+    messages = [{"role": "user" if speaker == "Human" else "assistant",  # they take turns, as templates want
+                 "content": "\n\n".join(text.strip() for _, text in texts)}
+                for speaker, texts in groupby(zip(turns[::2], turns[1::2]), lambda turn: turn[0])]
     return messages[:-1] if messages[-1] == {"role": "assistant", "content": ""} else messages
 
 
@@ -45,6 +42,45 @@ TEMPLATES = {
     "raw": "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}",  # for base models that continue a text
 }
 TEMPLATE_NAMES = ("chat", *TEMPLATES)
+compiled = cache(Template)
+
+
+# Templates that come with a model: a worker process renders them, see render.py
+
+DEADLINE = 10  # seconds of a dialogue: a long one takes milliseconds, the rest is for a busy machine
+BLOCK = 32     # dialogues that are sent at a time: both processes hold their texts in memory
+WORKERS = {}   # process id: (idle worker, thread that reads from it); after a fork each process has its own
+
+
+def start_worker():
+    command = [sys.executable, "-I", Path(__file__).with_name("render.py"), *sys.path]
+    return Popen(command, env={}, encoding="ascii", stdin=PIPE, stdout=PIPE, stderr=DEVNULL,
+                 start_new_session=True), ThreadPoolExecutor(1)  # Ctrl-C in a terminal goes to a session
+
+
+def render_apart(template, dialogues, variables):
+    """Yield the text of each dialogue, by a worker. Raises TemplateError where one is refused or has to be stopped."""
+    lines = map(json.dumps, dialogues)
+    while block := list(islice(lines, BLOCK)):
+        (worker, reader), answer, texts, error = WORKERS.pop(os.getpid(), None) or start_worker(), {}, [], ""
+        head = json.dumps([template, variables, datetime.now().isoformat(), len(block)])
+        try:
+            print(head, *block, sep="\n", file=worker.stdin, flush=True)
+            for line in [reader.submit(worker.stdout.readline) for _ in block]:
+                answer = json.loads(line.result(DEADLINE))
+                texts.append(answer["text"])
+            WORKERS[os.getpid()] = worker, reader
+        except TimeoutError:
+            error = f"it did not end in {DEADLINE} seconds"
+        except (KeyError, ValueError, BrokenPipeError):  # the last two: without an answer
+            error = answer.get("error", "python -I render.py, its process, ended, perhaps for lack of memory")
+        finally:
+            if len(texts) < len(block):
+                with suppress(BrokenPipeError), worker:  # closes the pipes and waits for it
+                    worker.kill()
+        yield from texts
+        if error:
+            raise TemplateError(error)
 
 
 class Tokenizer:
@@ -70,14 +106,11 @@ class Tokenizer:
         self.eos_id = self.backend.token_to_id(self.eos) if self.eos else None
         if self.eos_id is None:
             raise UserError(f"{folder / files[1]}: names no eos_token that tokenizer.json knows")
-        bos_id = self.backend.token_to_id(self.bos) if self.bos else None
-        if template in TEMPLATES:
-            self.chat_template, adds_bos = TEMPLATES[template], self._ask(self.backend.encode, "").ids[:1] == [bos_id]
-            if not (self.bos and config.get("add_bos_token", adds_bos)):
-                # Many tokenizers name a BOS that the model never saw in training; only a chat template knows
-                self.chat_template = self.chat_template.replace("{{ bos_token }}", "")
-        else:
-            self.chat_template = self._chat_template(config)
+        self.chat_template = TEMPLATES.get(template) or self._chat_template(config)
+        adds_bos = self.bos and self._ask(self.backend.encode, "").ids[:1] == [self.backend.token_to_id(self.bos)]
+        if template in TEMPLATES and not (self.bos and config.get("add_bos_token", adds_bos)):
+            # Many tokenizers name a BOS that the model never saw in training; only a chat template knows
+            self.chat_template = self.chat_template.replace("{{ bos_token }}", "")
 
     def _ask(self, function, *values, **named):
         """Call the tokenizers library. Raises UserError where it cannot read tokenizer.json, or use it on a text."""
@@ -109,27 +142,29 @@ class Tokenizer:
             config = {"chat_template": named.get("default")}
         return check_keys(config, {"text": "chat_template"}, self.folder / "tokenizer_config.json").get("chat_template")
 
-    @cached_property
-    def compiled_template(self):
-        return Sandbox().from_string(self.chat_template)
-
     def render(self, prompt, generation=True):
         """The text before a response. prompt: text (one user turn), a dialogue, or chat messages. generation: False
-        for whole dialogues, without the start of the next answer.
+        for whole dialogues, without the start of the next answer. Raises UserError when there is no chat template, or
+        it refuses these messages."""
+        return next(self.render_all([prompt], generation=generation))
 
-        Raises UserError when there is no chat template, or it refuses these messages.
-        """
+    def render_all(self, prompts, rows=(), generation=True):
+        """Yield `render` of each prompt, faster. rows: what errors call each of them, such as file:line."""
         if self.chat_template is None:
             raise UserError(f"{self.folder}: the tokenizer has no chat template; choose one with --template: "
                             f"{', '.join(TEMPLATES)}")
+        named, dialogues, done = self.template in TEMPLATES, map(as_messages, prompts), 0
+        variables = dict(bos_token=self.bos or "", eos_token=self.eos, add_generation_prompt=generation)
+        texts = render_apart(self.chat_template, dialogues, variables) if not named else (
+            compiled(self.chat_template).render(messages=messages, raise_exception=StrictUndefined, **variables)
+            for messages in dialogues)  # when a StrictUndefined is written, it raises its message
         try:
-            self.compiled_template.environment.left = BUDGET
-            return self.compiled_template.render(messages=as_messages(prompt), add_generation_prompt=generation,
-                                                 bos_token=self.bos or "", eos_token=self.eos)
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError,
-                RuntimeError, SyntaxError, MemoryError) as error:  # a template is somebody's program
-            who = f"--template {self.template}" if self.template in TEMPLATES else f"{self.folder}: the chat template"
-            raise UserError(f"{who} refuses a prompt: {first_line(error)}") from None
+            for done, text in enumerate(texts, 1):
+                yield text
+        except TemplateError as error:
+            row = f"{rows[done]}: " if rows and rows[done] else ""
+            who = f"--template {self.template}" if named else f"{self.folder}: the chat template"
+            raise UserError(f"{row}{who} refuses a prompt: {first_line(error)}") from None
 
     @cached_property
     def turn(self):
@@ -176,92 +211,3 @@ class Tokenizer:
         if self.template != "raw":
             return self.decode(ids).strip()
         return self.decode([*prompt, *ids])[len(self.decode(prompt)):]
-
-
-# Chat templates in a sandbox: data.py's Tokenizer renders prompts with them
-
-BUDGET, STEP = 1 << 28, 1000  # characters that a template may read and write for one prompt; what a part counts as
-QUICK = {"count", "default", "defined", "first", "last", "length", "none", "string"}  # filters and tests: they are free
-PAID = {nodes.Output: "nodes", nodes.Concat: "nodes", nodes.List: "items", nodes.Tuple: "items", nodes.Pair: "value",
-        nodes.Compare: "expr", nodes.Operand: "expr", nodes.For: "iter", nodes.Getitem: "node"}  # what reads this field
-FORMAT_WIDTH = re.compile(r"%[^a-zA-Z%]*[\d*]|\{[^}]*:")  # in a format
-
-
-def size(value, limit=BUDGET):
-    """The characters of a text, or of all parts of a container and STEP for each; not counted on beyond the limit."""
-    if isinstance(value, (str, bytes)):
-        return len(value)
-    total, parts = 1, value.items() if isinstance(value, dict) else value
-    for part in parts if isinstance(parts, Collection) else ():
-        total += STEP + size(part, limit - total)
-        if total > limit:
-            break
-    return total
-
-
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Where chat templates run. Jinja's sandbox keeps them from Python's internals, and a budget makes them end: what
-    takes more than a moment is paid for, before it is done, by the size of what it reads and may write."""
-    intercepted_binops = frozenset(("+", "*", "**", "%"))
-
-    def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        self.filters |= {"tojson": lambda value, **options: json.dumps(value, ensure_ascii=False, **options),
-                         "format": lambda text, *values, **named: self.call_binop(None, "%", text, values or named)}
-        for table in (self.filters, self.tests):
-            table.update({name: self.paying(function) for name, function in table.items() if name not in QUICK})
-        self.filters["paid"] = self.paid
-        self.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None,
-                         "strftime_now": lambda form: datetime.now().strftime(form)}
-        del self.globals["lipsum"]
-
-    def from_string(self, source):
-        tree, self.step, self.left = self.parse(source), STEP + len(source), BUDGET
-        for node in tree.find_all(tuple(PAID)):
-            one_part = isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice)
-            if one_part or isinstance(node, nodes.Tuple) and node.ctx == "store":
-                continue
-            values, turns = getattr(node, PAID[type(node)]), [nodes.Const(True)] * isinstance(node, nodes.For)
-            paid = [nodes.Filter(value, "paid", turns, [], None, None, lineno=node.lineno)
-                    for value in (values if isinstance(values, list) else [values])]
-            setattr(node, PAID[type(node)], paid if isinstance(values, list) else paid[0])
-        return super().from_string(tree)
-
-    def pay(self, *values, steps=0):
-        """Take the product of these sizes from the budget, that of a whole number being itself, and so many steps."""
-        sizes = (abs(value) if isinstance(value, int) else size(value, self.left) for value in values)
-        self.left -= math.prod(max(1, one) for one in sizes) + steps * self.step
-        if self.left < 0:
-            raise TemplateError("it does not end, or writes more than a prompt can have")
-
-    @pass_context  # such a filter is never called while compiling
-    def paid(self, context, value, turns=False):
-        self.pay([value], steps=len(value) if turns else 0)
-        return value
-
-    def paying(self, function):
-        """A filter or test that pays for the product of its arguments: what replace, join or center may write."""
-        @wraps(function)
-        def pay_and_call(*values, **named):
-            self.pay(*values[hasattr(function, "jinja_pass_arg"):], *named.values())  # without Jinja's own
-            result = function(*values, **named)
-            return list(result) if isinstance(result, Iterator) else result
-        return pay_and_call
-
-    def call_binop(self, context, operator, left, right):
-        if operator == "%" and not isinstance(left, (int, float)) and FORMAT_WIDTH.search(left):
-            raise TemplateError("a width in a format")
-        self.pay(*([[left, right]] if operator == "+" else [left, right]))
-        return super().call_binop(context, operator, left, right)
-
-    def call(__self, __context, __function, *values, **named):  # the names of Jinja's, which no template can pass
-        owner = getattr(getattr(__function, "__wrapped__", __function), "__self__", None)  # Jinja wraps str.format
-        if isinstance(owner, str) and "format" in __function.__name__ and FORMAT_WIDTH.search(owner):
-            raise TemplateError("a width in a format")
-        arguments = [*values, *named.values()]
-        __self.pay(*([owner, *arguments] if isinstance(owner, (str, bytes, int)) else [arguments]), steps=1)
-        return super().call(__context, __function, *values, **named)

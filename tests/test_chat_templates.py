@@ -1,10 +1,17 @@
-"""Claims about tokenizers and prompt formats: special tokens, chat templates in a sandbox, truncation."""
+"""Claims about tokenizers and prompt formats: special tokens, chat templates and their worker, truncation."""
 import json
+import os
+import re
 import shutil
+import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
+from threading import Timer
 
+import jinja2
 import pytest
 
 import batch as batch_file
@@ -132,17 +139,19 @@ def test_a_malicious_template_reaches_nothing_of_python(make, attack):
 
 
 GROW = "{%% set ns = namespace(x='ab') %%}{%% for i in range(60) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ ns.x }}"
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+STOPPED = "did not end in|MB of memory|more than 4 MB|its process"
 
 
 @pytest.mark.parametrize("template", [
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ENDLESS,
     "{% for i in range(9999)|map('string') %}{% for j in range(9999)|map('string') %}x{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for i in [1, 1] recursive %}{% if loop.depth < 60 %}{{ loop([1, 1]) }}{% endif %}{% endfor %}",
     *(GROW % grown for grown in (
         "ns.x ~ ns.x", "ns.x + ns.x", "[ns.x, ns.x]", "(ns.x, ns.x)", "{'a': ns.x, 'b': ns.x}", "dict(a=ns.x, b=ns.x)",
         "'%s%s' % (ns.x, ns.x)", "'{0}{0}'.format(ns.x)", "ns.x|replace('b', ns.x)", "ns.x.join([ns.x, ns.x])")),
-    "{{ 'a' * 10**9 }}", "{{ 10**10**10 }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.ljust(10**9) }}",
+    "{{ 'a' * 10**9 }}", "{{ 10**(10**10) }}", "{{ 'a'|center(10**9) }}", "{{ 'a'.ljust(10**9) }}",
     "{{ '%*d' % (10**9, 1) }}",
     "{{ '{:{}}'.format(1, 10**9) }}", "{{ '%999999999d'|format(1) }}", "{{ (5).to_bytes(10**9, 'big') }}",
     "{{ {'a': [1] * 100}|tojson(indent=10**8) }}", "{{ 'ab'|wordwrap(1, wrapstring='x' * 10**8) }}",
@@ -150,20 +159,194 @@ GROW = "{%% set ns = namespace(x='ab') %%}{%% for i in range(60) %%}{%% set ns.x
     "{% set x = 'y' * 10**8 %}{% for i in range(9999) %}{% set y = x[1:] %}{% endfor %}",
     "{% for i in range(9999) %}" + "x" * 90_000 + "{% endfor %}",
     "{% filter upper %}{% for i in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfilter %}"])
-def test_a_template_without_end_is_stopped_before_it_takes_time_or_memory(make, template):
+def test_a_template_without_end_is_stopped_and_takes_neither_time_nor_memory_of_ours(make, monkeypatch, template):
     """In a thread as well, where no signal could stop it."""
+    monkeypatch.setattr(chat, "DEADLINE", 0.5)
     tokenizer, started = make(chat_template=template), time.process_time()
     with ThreadPoolExecutor(1) as pool:
-        assert "the chat template refuses a prompt: " in pool.submit(line_of, tokenizer.render, "x").result()
-    assert time.process_time() - started < 5
+        line = pool.submit(line_of, tokenizer.render, "x").result()
+    assert re.search(f"the chat template refuses a prompt: .*({STOPPED})", line), line
+    assert time.process_time() - started < 1
 
 
-def test_a_long_dialogue_is_within_the_budget_and_every_prompt_has_its_own(make):
+LATER = ("messages|length > 5", "messages[0].role == 'system'", "'magic' in messages[-1].content",
+         "messages|map(attribute='content')|join|length > 9999")
+
+
+@pytest.mark.parametrize("when, what, why", [
+    *((when, ENDLESS, "it did not end in 2 seconds") for when in LATER),
+    (LATER[0], "{{ 'x' * (4 * 1024 * 1024 + 1) }}", "it writes more than 4 MB"),
+    (LATER[1], "{{ ('x' * 10**9)|length }}", "it takes more than 512 MB of memory"),
+    (LATER[2], "{{ raise_exception('not this one') }}", "not this one")])
+def test_a_template_that_misbehaves_later_only_is_stopped_on_its_row(make, monkeypatch, when, what, why):
+    monkeypatch.setattr(chat, "DEADLINE", 2)
+    tokenizer = make(chat_template="{% if " + when + " %}" + what + "{% endif %}" + CHATML)
+    long = [{"role": "system", "content": "Be brief."}, *TURNS, TURNS[1], {"role": "user", "content": "magic" * 2000}]
+    pairs = [Pair(prompt, "Yes.", "No.", row=f"pairs.jsonl:{i + 1}")
+             for i, prompt in enumerate([TURNS, "fine"] * 50 + [long] + ["fine"] * 50)]
+    assert line_of(encode_pairs, tokenizer, pairs, 99) == (
+        f"pairs.jsonl:101: {tokenizer.folder}: the chat template refuses a prompt: {why}")
+
+
+def test_what_comes_before_a_refused_dialogue_is_rendered(make):
+    texts, tokenizer = [], make(chat_template="{% if 'magic' in messages[0].content %}{{ 1 / 0 }}{% endif %}" + CHATML)
+    with pytest.raises(UserError, match="refuses a prompt: division by zero"):
+        texts.extend(tokenizer.render_all(["fine"] * 70 + ["magic", "fine"]))
+    assert texts == ["<|im_start|>user\nfine<|im_end|>\n<|im_start|>assistant\n"] * 70
+
+
+QWEN3 = """{%- set ns = namespace(multi_step_tool=true, last_query_index=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.multi_step_tool and message.role == "user" and message.content is string and not(
+            message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.multi_step_tool = false %}
+        {%- set ns.last_query_index = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == "assistant" and '</think>' in content %}
+        {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {%- set content = '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' + content %}
+        {%- endif %}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""  # the gist of Qwen3's
+
+
+def test_long_dialogues_are_rendered_as_by_jinja_itself(make):
+    thought = {"role": "assistant", "content": "<think>\n" + "Hm. " * 1250 + "\n</think>\n\nFine."}
+    dialogues = [[TURNS[0], thought, TURNS[2]], [TURNS[0], thought]]
+    for pairs in (20,) * 20 + (500,):
+        turns = [f"{len(dialogues)} {j} {'wörd ' * 400}" for j in range(2 * pairs + 1)]
+        dialogues.append([{"role": ("user", "assistant")[j % 2], "content": text} for j, text in enumerate(turns)])
+    for template in (CHATML, QWEN3):
+        plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
+        assert list(make(chat_template=template).render_all(dialogues)) == [
+            plain.render(messages=messages, add_generation_prompt=True) for messages in dialogues]
+
+
+def test_blocks_larger_than_a_pipe_do_not_wait_for_each_other(make):
+    texts = [f"{i}" + "é" * 100_000 for i in range(40)]
+    assert list(make(chat_template="{{ messages[0].content }}").render_all(texts)) == texts
+
+
+@pytest.fixture
+def fresh():
+    """No worker is there before."""
+    if worker := chat.WORKERS.pop(os.getpid(), None):
+        worker[0].kill()
+        worker[0].wait()
+
+
+def gone(pid):
+    """True once this process has ended; False after 20 seconds."""
+    for _ in range(200):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+
+
+def test_one_worker_serves_all_tokenizers_from_the_first_render_on(make, fresh):
+    tokenizer, named = make(chat_template=CHATML), make("alpaca")
+    named.render("x")
+    assert not chat.WORKERS
+    tokenizer.render("x")
+    (first, _), = chat.WORKERS.values()
+    list(tokenizer.render_all(["x"] * 100))
+    make(chat_template="{{ 1 }}").render("x")
+    assert [process for process, _ in chat.WORKERS.values()] == [first]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_worker_has_no_environment_no_files_to_write_and_little_memory(make, fresh):
+    make(chat_template=CHATML).render("x")
+    (process, _), = chat.WORKERS.values()
+    assert Path(f"/proc/{process.pid}/environ").read_bytes() == b""
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    for limit in ("file size +0 +0", "address space +536870912 +536870912", "cpu time +1800 +1800"):
+        assert re.search(f"Max {limit} ", limits), limits
+
+
+def test_a_worker_that_was_stopped_or_interrupted_is_gone_and_another_one_goes_on(make, fresh, monkeypatch):
+    fine = "{{ messages[0].content }}"
+    endless = make(chat_template="{% if 'go' in messages[0].content %}" + ENDLESS + "{% endif %}" + fine)
+    endless.render("x")
+    (first, _), = chat.WORKERS.values()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            list(endless.render_all(["x", "go", "x"]))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert first.returncode is not None and gone(first.pid)
+    texts = [f"text {i}" for i in range(99)]
+    assert list(make(chat_template=fine).render_all(texts)) == texts  # none of those that were under way
+    (second, _), = chat.WORKERS.values()
+    monkeypatch.setattr(chat, "DEADLINE", 0.5)
+    with pytest.raises(UserError, match="did not end in 0.5 seconds"):
+        make(chat_template=ENDLESS).render("x")
+    assert second.returncode is not None and not chat.WORKERS
+    assert list(make(chat_template=fine).render_all(texts)) == texts
+
+
+def test_a_worker_that_dies_or_does_not_start_is_one_line(make, fresh, monkeypatch):
+    tokenizer = make(chat_template="{% if 'go' in messages[0].content %}" + ENDLESS + "{% endif %}")
+    tokenizer.render("x")
+    (process, _), = chat.WORKERS.values()
+    killer = Timer(0.5, process.kill)
+    killer.start()
+    assert "render.py, its process, ended, perhaps for lack of memory" in line_of(list, tokenizer.render_all(["go"]))
+    assert tokenizer.render("x") == ""
+    chat.WORKERS.pop(os.getpid())[0].kill()
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    for prompt in ("x", "x" * 10**6):
+        assert "render.py, its process, ended" in line_of(tokenizer.render, prompt)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_has_a_worker_of_its_own_which_ends_with_it(make, tmp_path):
     tokenizer = make(chat_template=CHATML)
-    dialogue = [{"role": role, "content": "x" * 2000} for _ in range(500) for role in ("user", "assistant")]
-    texts = [tokenizer.render(dialogue) for _ in range(12)]
-    assert set(texts) == {"".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in dialogue)
-                          + "<|im_start|>assistant\n"}
+    expected = tokenizer.render("hello")
+    (mine, _), = chat.WORKERS.values()
+    child = os.fork()
+    if not child:
+        text = tokenizer.render("hello")
+        (tmp_path / "found").write_text(json.dumps([text, chat.WORKERS[os.getpid()][0].pid]))
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    text, pid = json.loads((tmp_path / "found").read_text())
+    assert text == expected == tokenizer.render("hello") and pid != mine.pid and gone(pid)
+    assert chat.WORKERS[os.getpid()][0] is mine and mine.poll() is None
+
+
+def test_what_a_template_refuses_in_many_lines_and_half_characters_is_one_line(make):
+    for template in ("{{ raise_exception('no\nmore \\ud800') }}", "{{ '\\ud800' }}", "{{ raise_exception(messages) }}",
+                     "{{ raise_exception('x' * 10**6) }}"):
+        assert "the chat template refuses a prompt: " in line_of(make(chat_template=template).render, "x")
+
+
+def test_the_date_is_that_of_this_process(make, monkeypatch):
+    monkeypatch.setenv("TZ", "Etc/GMT-14")
+    time.tzset()
+    try:
+        now = datetime.now()
+        assert make(chat_template="{{ strftime_now('%d %B, %H h') }}").render("x") in (
+            f"{moment:%d %B, %H h}" for moment in (now, datetime.now()))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_a_template_that_is_not_jinja_or_fails_on_types_is_a_user_error(make):
