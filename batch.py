@@ -124,7 +124,7 @@ def encode_pairs(tokenizer, pairs, max_len, responses=2, groups=()):
     groups = tuple(groups) or tuple(sorted({pair.group for pair in pairs} - {""}))
     numbers = {name: i for i, name in enumerate(groups)}
     labels["group"] = np.array([numbers.get(pair.group, -1) for pair in pairs])
-    prompts = (tokenizer.render(pair.prompt) for pair in pairs)
+    prompts = tokenizer.render_all((pair.prompt for pair in pairs), [pair.row for pair in pairs])
     texts = ((pair.chosen, pair.rejected)[:responses] for pair in pairs)
     encoded = encode(tokenizer, prompts, texts, max_len, labels, (pair.ended for pair in pairs))
     encoded.groups = groups
@@ -409,7 +409,7 @@ def score(model, tokenizer, texts, max_len=2048, batch_size=16, device="cpu"):
     """Scores of [(prompt, response)], a list of floats, read at the EOS that ends each response."""
     if not texts:
         return []
-    prompts = [tokenizer.render(prompt) for prompt, _ in texts]
+    prompts = tokenizer.render_all(prompt for prompt, _ in texts)
     encoded = encode(tokenizer, prompts, [(response,) for _, response in texts], longest(model, max_len))
     scores = np.empty(len(texts))
     for indices, batch in batches(encoded, batch_size, device):

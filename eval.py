@@ -87,7 +87,7 @@ def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0,
     left = [i for i in range(len(prompts)) if i not in skip]
     if not left:
         return
-    rendered = [tokenizer.render(prompt) for prompt in prompts]
+    rendered = list(tokenizer.render_all(prompts))
     experts = choose_experts(model, tokenizer, rendered, use, users, seed)[left] if model.gate is not None else None
     tokens, stops = tokenizer.encode([rendered[i] for i in left]), {*tokenizer.stop_ids, *model.config.eos_ids}
     prepare = None if experts is None else lambda numbers: use_expert(model, experts[numbers])
@@ -107,7 +107,7 @@ def answer(model, tokenizer, prompts, **settings):
 def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch_size=None, **settings):
     """The rows of `answers_as_they_end`, in the order of the prompts, kept in folder/answers-name-….jsonl as they come,
     a file for each process: an interrupted call goes on where it stopped."""
-    tokens, folder = tokenizer.encode([tokenizer.render(prompt) for prompt in prompts]), Path(folder)
+    tokens, folder = tokenizer.encode(tokenizer.render_all(prompts)), Path(folder)
     work = content_hash(weights_hash(model), tokens, sorted(tokenizer.stop_ids), settings)[:12]
 
     def read():
@@ -175,7 +175,7 @@ def merge_static(policy, weights):
 def answer_logps(model, tokenizer, prompts, answers, args, processes):
     """(2, N) nats per token: log π of every sampled answer, and of the response that the data prefers (nan without
     one); of a mixture under the expert that gave the answer."""
-    rendered = [tokenizer.render(row["prompt"]) for row in prompts]
+    rendered = list(tokenizer.render_all(row["prompt"] for row in prompts))
     pieces = [ids for prompt, row in zip(tokenizer.encode(rendered), answers) for ids in (prompt, row["ids"])]
     ends = np.cumsum([len(ids) for ids in pieces]).reshape(-1, 2)
     bounds = np.column_stack([np.append(0, ends[:-1, 1]), ends])

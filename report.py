@@ -134,8 +134,7 @@ def router_table(report, config):
 def prompt_weights(model, tokenizer, prompts, answers, batch_size=64):
     """Router weights at the last token of each prompt, where the answer begins, and their means over the tokens of each
     answer: two tensors (L, N, slots), float32 on the CPU."""
-    rendered = [tokenizer.render(prompt) for prompt in prompts]
-    encoded = encode(tokenizer, rendered, [(text,) for text in answers], longest(model))
+    encoded = encode(tokenizer, tokenizer.render_all(prompts), [(text,) for text in answers], longest(model))
     at_prompt, over_answer = [], []
     for _, batch in batches(encoded, batch_size, next(model.parameters()).device, longest_first=False):
         model(batch.tokens, batch.positions, batch.mask())

@@ -247,17 +247,15 @@ def make_demonstrations(tokenizer, count, seed):
     """[(rendered prompt, response)] that the base model is trained on: the base policy's answers over all tasks and,
     for two in five, a "label:" turn that says whether the prompt asks for harm, and its context. The labels teach the
     base to tell apart what preferences speak of; in a turn of their own, their words do not become a way to answer."""
-    rng, rows = random.Random(seed), []
+    rng, prompts, responses = random.Random(seed), [], []
     for _ in range(count):
         labelled = rng.random() < 0.4
         task, frame = rng.choice(tasks()), rng.choice(frames("train"))
-        prompt = make_prompt(task, frame)
-        rendered = tokenizer.render(prompt.text)
-        if labelled:
-            rows.append((rendered.replace("assistant:", "label:"), f"{HARM[task.harmful]} {REMARKS[frame[1]]}"))
-        else:
-            rows.append((rendered, draw_answer(rng, prompt, BASE_REFUSALS[prompt.task.kind])))
-    return rows
+        prompts.append(make_prompt(task, frame))
+        responses.append(("label:", f"{HARM[task.harmful]} {REMARKS[frame[1]]}") if labelled else
+                         ("assistant:", draw_answer(rng, prompts[-1], BASE_REFUSALS[task.kind])))
+    rendered = tokenizer.render_all(prompt.text for prompt in prompts)
+    return [(text.replace("assistant:", speaker), response) for text, (speaker, response) in zip(rendered, responses)]
 
 
 def make_comparisons(count, seed, harmful_share=0.45):

@@ -193,7 +193,7 @@ def training_seconds(out, part):
 def token_ratio(model, start, tokenizer, prompts, rounds=7, new_tokens=32):
     """CPU time of a greedily generated token, in a batch of these prompts, no answer ending early, as a multiple of the
     start's: the median of rounds that ask both in turn."""
-    rendered = [tokenizer.render(prompt) for prompt in prompts]
+    rendered = list(tokenizer.render_all(prompts))
     if model.gate is not None:
         use_expert(model, choose_experts(model, tokenizer, rendered, "mixture", "", 0))
     tokens, ratios = tokenizer.encode(rendered), []
@@ -234,7 +234,7 @@ def forgetting(out, mixed, split):
     tokenizer, start = Tokenizer(config["base"]), load_start({**config, "init_adapter": ()})
     answers = [text for text, _ in answer(start, tokenizer, prompts, seed=config["seed"], temperature=1.0)]
     kept = [i for i, text in enumerate(answers) if text.strip()]
-    encoded = encode(tokenizer, [tokenizer.render(prompts[i]) for i in kept], [(answers[i],) for i in kept], 256)
+    encoded = encode(tokenizer, tokenizer.render_all(prompts[i] for i in kept), [(answers[i],) for i in kept], 256)
     before, after = (cached_logps(model, encoded, "float32", "cpu", ALONE) for model in (start, load_policy(out)[0]))
     lost = before - after
     return float(lost.sum() / (encoded.bounds[:, 2] - encoded.bounds[:, 1]).sum())
