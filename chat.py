@@ -15,7 +15,7 @@ from subprocess import DEVNULL, PIPE, Popen
 import tokenizers
 from jinja2 import StrictUndefined, Template, TemplateError
 
-from common import KINDS, UserError, check_keys, first_line, read_json
+from common import KINDS, UserError, check_keys, first_line, one_line, read_json
 
 
 def as_messages(prompt):
@@ -133,10 +133,8 @@ class Tokenizer:
         """The template's text: chat_template.jinja comes first; of a list of named templates, the one named default."""
         path, template = self.folder / "chat_template.jinja", config.get("chat_template")
         if path.is_file():
-            try:
+            with one_line(f"{path}: cannot be read", (OSError, UnicodeDecodeError)):
                 return path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
         if isinstance(template, list):
             named = {str(entry.get("name")): entry.get("template") for entry in template if isinstance(entry, dict)}
             config = {"chat_template": named.get("default")}

@@ -298,10 +298,8 @@ def check_read(given, not_read):
 
 def check_device(device):
     """Raise UserError if torch has no such device here."""
-    try:
+    with one_line(f"--device {device}: cannot be used", (RuntimeError, AssertionError, NotImplementedError)):
         torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}") from None
 
 
 THEIRS = {  # flags of transformers and TRL: what does the same here

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as distributed
 from filelock import Timeout
 
-from common import (BROKEN, UserError, atomic_folder, first_line, gathered, is_sharded, read_json, recover_folder,
-                    shard_like, whole_rows, write_text)
+from common import (BROKEN, UserError, atomic_folder, first_line, gathered, is_sharded, one_line, read_json,
+                    recover_folder, shard_like, whole_rows, write_text)
 
 
 # Several processes: torchrun starts them, each has a copy of the model and does its part of every step
@@ -206,12 +206,9 @@ def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
                       "sums": list(sums)}, write, "cpu")
     if not write:
         return
-    with atomic_folder(out / "checkpoint") as temporary:
-        try:
-            torch.save(state, temporary / "state.pt")
-        except RuntimeError as error:  # of torch's zip writer
-            raise UserError(f"{out / 'checkpoint'}: cannot be written ({first_line(error)}); the one before is "
-                            "intact") from None
+    with atomic_folder(out / "checkpoint") as temporary, one_line(
+            f"{out / 'checkpoint'}: cannot be written; the one before is intact", RuntimeError):  # of torch's zip writer
+        torch.save(state, temporary / "state.pt")
 
 
 @torch.no_grad()
@@ -220,7 +217,7 @@ def load_checkpoint(out, parameters, optimizer):
     path = out / "checkpoint" / "state.pt"
     if not path.is_file():
         return 0, []
-    try:
+    with one_line(f"--resume: {path} is broken, remove it or --overwrite the run", BROKEN):
         sharded = any(is_sharded(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=sharded)
         stored, done = state["parameters"], (state["step"], state["sums"])
@@ -233,8 +230,6 @@ def load_checkpoint(out, parameters, optimizer):
             for name in moments.keys() - {"step"}:
                 moments[name] = shard_like(moments[name], members[number])
         optimizer.load_state_dict(state["optimizer"])
-    except BROKEN as error:
-        raise UserError(f"--resume: {path} is broken, remove it or --overwrite the run ({first_line(error)})") from None
     return done
 
 
