@@ -11,7 +11,7 @@ import lzma
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import huggingface_hub
@@ -29,7 +29,7 @@ class Comparison:
     safer: int | None = None           # the safer response
     unsafe: tuple[bool, bool] | None = None
     group: str = ""                    # the preference or annotator that the labels belong to
-    scores: dict | None = None         # name of a score model -> its scores of the two responses
+    scores: dict = field(default_factory=dict)  # name of a score model -> its scores of the two responses
     ended: tuple = (True, True)        # False for a response that was cut before its end
     later_turns: int = 0               # of the assistant, in the dialogue that this turn is from
     row: str = ""                      # file:line
@@ -50,13 +50,14 @@ class Pair:
 
 
 # Rows of a file: a parser for each layout takes a row and returns the prompt, the responses and a list of
-# (i, j, labels): response i compared with response j. It raises UserError at what is wrong.
-
+# (numbers of the one or two responses that are compared, labels). It raises UserError at what is wrong.
 MAX_LINE = 4 << 20  # bytes; a longer line is not one comparison, and is not read into memory
 
 
-def get(row, name, kind):
-    """row[name], checked to be of a kind in KINDS."""
+def get(row, name, kind, absent=None):
+    """row[name], checked to be of a kind in KINDS. absent: the value of a field that a row need not have."""
+    if absent is not None and row.get(name) is None:
+        return absent
     if name not in row:
         raise UserError(f"no field '{name}'")
     if not KINDS[kind](row[name]):
@@ -68,17 +69,14 @@ def get(row, name, kind):
 def get_prompt(row, name="prompt"):
     """The prompt of a row: text, or chat messages of which the last is the user's."""
     prompt = row.get(name)
-    if isinstance(prompt, list):
-        for message in prompt:
-            if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-                raise UserError(f"'{name}' has a message whose role is not system, user or assistant")
-            get(message, "content", "text")
-        if not prompt or prompt[-1]["role"] != "user":
-            raise UserError(f"'{name}' must end with a message of the user")
-        text = prompt[-1]["content"]
-    else:
-        text = get(row, name, "text")
-    if not text.strip():
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": get(row, name, "text")}]
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise UserError(f"'{name}' has a message whose role is not system, user or assistant")
+        get(message, "content", "text")
+    if not messages or messages[-1]["role"] != "user":
+        raise UserError(f"'{name}' must end with a message of the user")
+    if not messages[-1]["content"].strip():
         raise UserError(f"'{name}' is empty")
     return prompt
 
@@ -87,19 +85,18 @@ def parse_saferlhf(row):
     """PKU-SafeRLHF: both labels on each comparison."""
     labels = dict(unsafe=tuple(not get(row, f"is_response_{i}_safe", "true or false") for i in (0, 1)),
                   better=get(row, "better_response_id", "0 or 1"), safer=get(row, "safer_response_id", "0 or 1"))
-    return get_prompt(row), tuple(get(row, f"response_{i}", "text") for i in (0, 1)), [(0, 1, labels)]
+    return get_prompt(row), tuple(get(row, f"response_{i}", "text") for i in (0, 1)), [((0, 1), labels)]
 
 
 def parse_pairs(row):
     """{prompt, chosen, rejected[, chosen_unsafe, rejected_unsafe, group, ended]}: of two equally safe responses, the
     chosen one counts as the safer."""
-    labels = dict(better=0, group=get(row, "group", "text") if row.get("group") is not None else "")
-    if row.get("ended") is not None:
-        labels["ended"] = tuple(get({"ended": flag}, "ended", "true or false") for flag in get(row, "ended", "a list"))
+    labels = dict(group=get(row, "group", "text", ""))
+    labels["ended"] = tuple(get(row, "ended", "a list of two flags", (True, True)))
     if row.get("chosen_unsafe") is not None or row.get("rejected_unsafe") is not None:
         unsafe = tuple(get(row, f"{name}_unsafe", "true or false") for name in ("chosen", "rejected"))
         labels.update(unsafe=unsafe, safer=int(unsafe == (True, False)))
-    return get_prompt(row), (get(row, "chosen", "text"), get(row, "rejected", "text")), [(0, 1, labels)]
+    return get_prompt(row), (get(row, "chosen", "text"), get(row, "rejected", "text")), [((0, 1), labels)]
 
 
 def parse_hh(row):
@@ -118,7 +115,7 @@ def parse_hh(row):
     asked = prompt.rfind("\n\nHuman:")
     if asked < prompt.rfind("\n\nAssistant:") or not prompt[asked + len("\n\nHuman:"):].strip():
         return prompt, answers, "the turn before the answer is not the human's"
-    return prompt, answers, [(0, 1, dict(better=0))]
+    return prompt, answers, [((0, 1), {})]
 
 
 ASPECTS = {"helpfulness": "helpfulness", "honesty": "honesty", "truthfulness": "truthfulness",
@@ -141,20 +138,20 @@ def parse_ultrafeedback(row):
             elif rating != "N/A":
                 raise UserError(f"the {aspect} rating of completion {i} is {rating[:20]!r}, expected a digit or N/A")
         if ratings and min(ratings.values()) < max(ratings.values()):
-            labels.append((max(ratings, key=ratings.get), min(ratings, key=ratings.get), dict(better=0, group=group)))
+            labels.append(((max(ratings, key=ratings.get), min(ratings, key=ratings.get)), dict(group=group)))
     return prompt, responses, labels or "no aspect tells the completions apart"
 
 
 def parse_demonstration(row):
     """{prompt, response} or {prompt, chosen}, for SFT."""
-    return get_prompt(row), (get(row, "response" if "response" in row else "chosen", "text"),), [(0, 0, {})]
+    return get_prompt(row), (get(row, "response" if "response" in row else "chosen", "text"),), [((0,), {})]
 
 
 def parse_messages(row):
     """{messages}, for SFT: each turn of the assistant is a response to the messages before it."""
     messages = get(row, "messages", "a list")
     turns = [i for i, turn in enumerate(messages) if i and isinstance(turn, dict) and turn.get("role") == "assistant"]
-    labels = [(k, k, dict(prompt=get_prompt({"messages": messages[:i]}, "messages"), later_turns=len(turns) - 1 - k))
+    labels = [((k,), dict(prompt=get_prompt({"messages": messages[:i]}, "messages"), later_turns=len(turns) - 1 - k))
               for k, i in enumerate(turns)]
     return None, tuple(get(messages[i], "content", "text") for i in turns), labels or "no turn of the assistant"
 
@@ -167,10 +164,8 @@ LAYOUTS = {"PKU-SafeRLHF": (("prompt", "response_0", "response_1"), parse_saferl
 
 
 def get_scores(row, count):
-    """{"reward": [one for each response], …} of a row, or None."""
-    if row.get("scores") is None:
-        return None
-    scores = get(row, "scores", "an object")
+    """{"reward": [one for each response], …} of a row; {} if it has none."""
+    scores = get(row, "scores", "an object", {})
     for name in scores:
         if len(get(scores, name, "a list")) != count:
             raise UserError(f"scores '{name}': {len(scores[name])} numbers for {count} responses")
@@ -228,15 +223,15 @@ def read_rows(paths, counts, skip_bad_rows=False):
         for number, line in read_lines(path):
             try:
                 row = parse_line(line)
-                fits = next((name for name, (fields, _) in LAYOUTS.items() if row.keys() >= set(fields)), None)
-                if layout is None and fits is None:
+                fits = next((name for name, (fields, _) in LAYOUTS.items() if row.keys() >= set(fields)), layout)
+                if fits is None:
                     layouts = "; ".join(", ".join(fields) for fields, _ in LAYOUTS.values())
                     raise UserError(f"fields {', '.join(row) or '(none)'} fit no known layout ({layouts})")
-                if layout is not None and fits not in (layout, None):
+                if layout not in (fits, None):
                     raise UserError(f"a row in the layout of {fits}, after rows in that of {layout}")
-                prompt, responses, labels = LAYOUTS[layout or fits][1](row)
+                prompt, responses, labels = LAYOUTS[fits][1](row)
                 row["scores"] = get_scores(row, len(responses))
-                layout = layout or fits
+                layout = fits
             except UserError as error:
                 first_bad = first_bad or f"{path}:{number}: {error}"
                 if not skip_bad_rows:
@@ -246,15 +241,13 @@ def read_rows(paths, counts, skip_bad_rows=False):
             counts["rows"] += 1
             if layout == "hh-rlhf" and not isinstance(labels, str):  # its folder says what the annotators were asked
                 group = re.match("harmless|helpful|", path.parent.name)[0]
-                labels = [(0, 1, dict(better=0, safer=0 if group == "harmless" else None, group=group))]
+                labels = [((0, 1), dict(safer=0 if group == "harmless" else None, group=group))]
             yield row, prompt, responses, labels, f"{path}:{number}"
     if layout is None:
         raise UserError(first_bad or f"{', '.join(map(str, paths))}: no rows")
 
 
 # Sources: where files are, which comparisons are held out; labels that are missing, and label noise
-
-
 # name: (dataset on the hub, pattern of the files in it that are meant)
 SOURCES = {"pku-saferlhf": ("PKU-Alignment/PKU-SafeRLHF", ""),
            "pku-saferlhf-30k": ("PKU-Alignment/PKU-SafeRLHF-30K", ""),
@@ -287,11 +280,9 @@ def source_files(source):
     train = named("train") or [name for name in tables if name not in named("test|validation|valid|dev|eval")]
     if not train:
         raise UserError(f"--data {source}: no .jsonl, .jsonl.gz, .jsonl.xz or .parquet file to train on")
-    if not repo:
-        return [root / name for name in train], [root / name for name in test]
     with one_line(f"--data {source}: {repo} cannot be downloaded", HUB_FAILED):
-        return tuple([Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset")) for name in names]
-                     for names in (train, test))
+        return tuple([Path(huggingface_hub.hf_hub_download(repo, name, repo_type="dataset")) if repo else root / name
+                      for name in names] for names in (train, test))
 
 
 def check_source(source):
@@ -313,11 +304,11 @@ def read_comparisons(paths, counts, skip_bad_rows=False):
     for row, prompt, responses, labels, where in read_rows(paths, counts, skip_bad_rows):
         if isinstance(labels, str):
             counts[f"dropped ({labels})"] += 1
-        for i, j, fields in labels if isinstance(labels, list) else ():
-            numbers = (i,) if i == j else (i, j)
-            scores = row["scores"] and {name: [values[k] for k in numbers] for name, values in row["scores"].items()}
+            continue
+        for numbers, fields in labels:
+            scores = {name: [values[i] for i in numbers] for name, values in row["scores"].items()}
             fields = {"prompt": prompt, "scores": scores, "row": where, **fields}
-            comparisons.append(Comparison(responses=tuple(responses[k] for k in numbers), **fields))
+            comparisons.append(Comparison(responses=tuple(responses[i] for i in numbers), **fields))
     return comparisons
 
 
@@ -327,14 +318,12 @@ def load_comparisons(train_files, test_files, seed=0, held_out=0.02, skip_bad_ro
     prompt decides, so adding or moving rows does not move other prompts between the two."""
     counts = Counter()
     train = read_comparisons(train_files, counts, skip_bad_rows)
-    if test_files:
-        test = read_comparisons(test_files, counts, skip_bad_rows)
-    else:
-        isolated = [prompt_hash(c.prompt, seed) < held_out * 2**64 for c in train]
-        train, test = ([c for c, out in zip(train, isolated) if out == wanted] for wanted in (False, True))
+    test = (read_comparisons(test_files, counts, skip_bad_rows) if test_files else
+            [c for c in train if prompt_hash(c.prompt, seed) < held_out * 2**64])
     kept, dropped = without_prompts(train, test)
     counted = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return kept, test, [f"data: {counted}; {len(kept)} comparisons to train on, {len(test)} held out", *dropped]
+    return kept, test, [f"data: {counted}; {len(kept)} comparisons to train on, {len(test)} held out",
+                        *(dropped if test_files else ())]
 
 
 def without_prompts(train, test):
@@ -379,8 +368,7 @@ def require(items, label, who):
 
 def carry_scores(sources, name):
     """True if the first row of every source has scores of this name."""
-    first_rows = (next(read_rows(source_files(source)[0], Counter()))[0] for source in sources)
-    return all(name in (row["scores"] or ()) for row in first_rows)
+    return all(name in next(read_rows(source_files(source)[0], Counter()))[0]["scores"] for source in sources)
 
 
 def flip_labels(comparisons, flip_safety, flip_preference, seed):
@@ -399,8 +387,6 @@ def flip_labels(comparisons, flip_safety, flip_preference, seed):
 
 
 # Views: a comparison -> (what became of it, its Pair or None). A new one is a function with its labels above it
-
-
 VIEWS = {}
 
 
@@ -427,7 +413,7 @@ def ordered(comparison, chosen, score="reward"):
     """The Pair in which response number `chosen` is the chosen one. Its margin is by the named score."""
     if len(comparison.responses) == 1:
         return Pair(comparison.prompt, comparison.responses[0], ended=comparison.ended, row=comparison.row)
-    rejected, unsafe, scores = 1 - chosen, comparison.unsafe or (None, None), (comparison.scores or {}).get(score)
+    rejected, unsafe, scores = 1 - chosen, comparison.unsafe or (None, None), comparison.scores.get(score)
     margin = score_margin(score, scores[chosen], scores[rejected]) if scores else None
     return Pair(comparison.prompt, comparison.responses[chosen], comparison.responses[rejected], unsafe[chosen],
                 unsafe[rejected], comparison.group, margin, (comparison.ended[chosen], comparison.ended[rejected]),
@@ -497,16 +483,16 @@ def apply_view(name, comparisons, responses=2):
     single = next((comparison.row for comparison in comparisons if len(comparison.responses) < responses), None)
     if single is not None:
         raise UserError(f"{single}: one response, for --method sft; this method compares two (chosen, rejected)")
-    counts, pairs = Counter(), []
+    outcomes, pairs = Counter(), []
     for comparison in comparisons:
         outcome, pair = VIEWS[name](comparison)
         texts = [text.strip() for text in (pair.chosen, pair.rejected)[:len(comparison.responses)]] if pair else []
         if "" in texts or len(set(texts)) < len(texts):
             outcome, pair = f"dropped ({'an empty response' if '' in texts else 'identical responses'})", None
-        counts[outcome] += 1
+        outcomes[outcome] += 1
         pairs += [pair] if pair else []
-    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items(), reverse=True))
-    line = f"view {name}: {len(comparisons)} comparisons, {outcomes or 'nothing kept'}"
+    counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items(), reverse=True))
+    line = f"view {name}: {len(comparisons)} comparisons, {counted or 'nothing kept'}"
     if not pairs:
         raise UserError(f"{line}: no pairs are left to train on")
     return pairs, line

@@ -289,7 +289,7 @@ def score_file(args):
             for kind, score_model in loaded.items():
                 scores = iter(score(*score_model, texts, args.max_len, args.batch_size, args.device))
                 for row, _, responses, *_ in block:
-                    row["scores"] = {**(row["scores"] or {}), kind: [next(scores) for _ in responses]}
+                    row["scores"] = {**row["scores"], kind: [next(scores) for _ in responses]}
             append(*(row for row, *_ in block))
             bar.update(len(block))
     partial.replace(out)

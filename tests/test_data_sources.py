@@ -104,7 +104,7 @@ def test_ultrafeedback_gives_one_pair_for_each_aspect_that_has_no_tie(hub):
 
 def test_pairs_carry_messages_flags_group_and_scores():
     first, second, third = read_comparisons([LAYOUTS / "pairs.jsonl"], Counter())
-    assert (first.unsafe, first.safer, first.scores) == (None, None, None)
+    assert (first.unsafe, first.safer, first.scores) == (None, None, {})
     assert [m["role"] for m in second.prompt] == ["user", "assistant", "user"] and second.group == "helpful"
     assert (third.unsafe, third.safer) == ((False, True), 0)
     assert third.scores == {"reward": [1.5, 2.0], "cost": [-3.0, 4.5]}
@@ -280,6 +280,12 @@ def test_an_unknown_layout_lists_the_known_ones(tmp_path):
     message = line_of(load, str(write_rows(tmp_path / "rows.jsonl", {"question": "q", "answer": "a"})))
     assert "rows.jsonl:1: fields question, answer fit no known layout (" in message
     assert "prompt, response_0, response_1" in message and "instruction, completions" in message
+
+
+def test_pairs_whose_ended_is_not_a_flag_for_each_response_are_bad_rows(tmp_path):
+    for ended in ([True], [True, 0], True):
+        path = write_rows(tmp_path / "rows.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b", "ended": ended})
+        assert "rows.jsonl:1: 'ended' is" in line_of(load, str(path))
 
 
 def test_a_hh_dialogue_without_turns_is_a_bad_row(tmp_path):
