@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import shutil
@@ -172,9 +173,8 @@ def atomic_folder(folder):
         recover_folder(folder)
 
 
-# Rows that an interrupted call goes on with: the name of their file has a hash of all that they depend on
-
-CACHE = Path("out/cache")  # of what can be computed again: may be deleted at any time
+# What can be computed again, and may be deleted at any time; a file's name has a hash of all that it depends on
+CACHE = Path("out/cache")
 
 
 def whole_rows(path):
@@ -186,20 +186,15 @@ def whole_rows(path):
 def appending(path):
     """Go on with a .jsonl file, or begin it: yields the number of its rows, and a function that appends rows, each call
     in one piece, as other processes may append too. A line that a kill cut short is removed first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        file.seek(0)
-        lengths = [len(line) for line in file if line.endswith(b"\n")]
-        file.truncate(sum(lengths))
-
     def append(*rows):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.write(text.encode("utf-8", "backslashreplace"))  # which writes a lone surrogate as JSON does
+
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
-        yield len(lengths), append
-
-
-# Hashes
+        written = path.read_bytes()
+        file.truncate(written.rfind(b"\n") + 1)
+        yield written.count(b"\n"), append
 
 
 def hash_bytes(*pieces, size=16):
@@ -231,23 +226,24 @@ def files_hash(path):
     return content_hash(*((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 
-# Command lines, of this program and of train.py: a flag is declared once, as a field of a dataclass
+# Command lines of train.py and eval.py: a flag is declared once, as a field of a dataclass
+BOUNDS = {"least": ("at least", operator.ge), "above": ("more than", operator.gt), "below": ("less than", operator.lt),
+          "most": ("at most", operator.le)}  # of numbers: name -> (what a message says, what must hold)
 
 
-def setting(default, help, heading="", choices=(), read=None, free=False, least=None, above=None, below=None,
-            most=None):
+def setting(default, help, heading="", choices=(), read=None, free=False, **bounds):
     """A field that is a flag. heading: starts a group of --help; read: flag's text -> value; free: may change when a
-    run is resumed; the rest are bounds, of each number where there are several."""
+    run is resumed; bounds: by their names in BOUNDS, of each number where there are several."""
     return field(default=default, metadata=dict(help=help, heading=heading, choices=choices, read=read, free=free,
-                                                bounds=(least, above, below, most)))
+                                                bounds=bounds))
 
 
-def numbers(text):
-    """"0.5,1" -> (0.5, 1.0)."""
+def numbers(text, expected="numbers"):
+    """"0.5,1" -> (0.5, 1.0). expected: what a message about other text says."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers with commas, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected {expected} with commas, not {text!r}") from None
 
 
 def source_names(text):
@@ -277,18 +273,17 @@ def as_typed(value):
 def check_values(settings, values):
     """Raise UserError for a value that is not one of its field's choices, or out of its bounds."""
     for flag in fields(settings):
-        value, (least, above, below, most) = values.get(flag.name), flag.metadata["bounds"]
-        if value is not None and flag.metadata["choices"] and value not in flag.metadata["choices"]:
-            raise UserError(f"--{flag.name} {value}: choose from {', '.join(filter(None, flag.metadata['choices']))}")
-        for number in value if isinstance(value, tuple) else (value,):
-            wrong = ("" if not isinstance(number, (int, float)) else
-                     "not a finite number" if not abs(number) < 1e300 else
-                     f"must be at least {least}" if least is not None and number < least else
-                     f"must be more than {above}" if above is not None and number <= above else
-                     f"must be less than {below}" if below is not None and number >= below else
-                     f"must be at most {most}" if most is not None and number > most else "")
-            if wrong:
-                raise UserError(f"--{flag.name} {number}: {wrong}")
+        value, choices = values.get(flag.name), flag.metadata["choices"]
+        if value is not None and choices and value not in choices:
+            raise UserError(f"--{flag.name} {value}: choose from {', '.join(filter(None, choices))}")
+        items = value if isinstance(value, tuple) else (value,)
+        for number in [item for item in items if isinstance(item, (int, float))]:
+            if not abs(number) < 1e300:
+                raise UserError(f"--{flag.name} {number}: not a finite number")
+            for name, bound in flag.metadata["bounds"].items():
+                words, holds = BOUNDS[name]
+                if not holds(number, bound):
+                    raise UserError(f"--{flag.name} {number}: must be {words} {bound}")
 
 
 def check_read(given, not_read):
@@ -322,11 +317,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=program, description=description, usage=f"{program} [flags]", allow_abbrev=False,
                          add_help=False, argument_default=argparse.SUPPRESS)
         groups, heading = {}, ""
-        for flag in sorted(fields(settings), key=lambda flag: flag.name not in settings.__annotations__):  # shared: last
+        for flag in sorted(fields(settings), key=lambda flag: flag.name not in settings.__annotations__):  # shared last
             heading = flag.metadata["heading"] or heading
-            if heading not in groups:
-                groups[heading] = self.add_argument_group(heading)
-            group = groups[heading]
+            group = groups[heading] = groups.get(heading) or self.add_argument_group(heading)
             choices, value = filter(None, flag.metadata["choices"]), values.get(flag.name)
             help = ": ".join(filter(None, (flag.metadata["help"], ", ".join(choices))))
             if not (value is None or value is False or value in ("", ())):

@@ -3,8 +3,6 @@
 A method is a row of METHODS: a view of the comparisons × what is trained × a loss. Each algorithm is one section, with
 its idea, builder, loss, prerequisite runs and row.
 """
-import argparse
-import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from importlib.util import find_spec
@@ -333,13 +331,7 @@ def layer_names(text):
 
 def gate_weights(text):
     """The name of a learned gate, or the fixed weights of one: "0.3,0.7"."""
-    try:
-        weights = text if text in GATES else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        weights = ()
-    if not weights or text not in GATES and not all(0 < weight < math.inf for weight in weights):
-        raise argparse.ArgumentTypeError(f"expected {', '.join(GATES)} or positive numbers with commas, not {text!r}")
-    return weights
+    return text if text in GATES else numbers(text, f"{', '.join(GATES)} or numbers")
 
 
 @dataclass(frozen=True)
@@ -376,7 +368,7 @@ class Config(SharedFlags):
     init_adapter: tuple = setting((), "adapter to start from; midpo, mixtures: one for each expert", read=source_names)
     experts: int = setting(None, "number of experts; of pmol a multiple of the groups (default: as many)", least=1)
     share: str = setting("", "trunk: a mixture's experts are heads on one trunk", choices=("", "trunk"))
-    gate: str = setting("constant", "a mixture's weights: numbers; learned: constant, prompt, user", read=gate_weights)
+    gate: str = setting("constant", "experts' weights, or learned: constant, prompt, user", read=gate_weights, above=0)
     references: tuple = setting((), "references of a mixture's experts (default: their start)", read=source_names)
     expert_noise: float = setting(0.0, "standard deviation of a mixture's B at the start; sets experts apart", least=0)
     no_empty_expert: bool = setting(False, "PMoL without its empty expert")
