@@ -48,9 +48,9 @@ def one_line(message, errors):
 KINDS = {  # of values in files: what a message calls them, and whether a value is one
     "text": lambda v: isinstance(v, str) and not re.search("[\ud800-\udfff]", v),
     "a list": lambda v: isinstance(v, list), "an object": lambda v: isinstance(v, dict),
-    "true or false": lambda v: isinstance(v, bool),
+    "a list of objects": lambda v: isinstance(v, list) and all(map(KINDS["an object"], v)),
     "a list of two flags": lambda v: isinstance(v, list) and [*map(type, v)] == [bool, bool],
-    "0 or 1": lambda v: type(v) is int and v in (0, 1),
+    "true or false": lambda v: isinstance(v, bool), "0 or 1": lambda v: type(v) is int and v in (0, 1),
     "a finite number": lambda v: type(v) in (int, float) and abs(v) < 1e300,
     "a number above 0": lambda v: type(v) in (int, float) and 0 < v < 1e300,
     "a whole number": lambda v: type(v) is int and 0 <= v < 2 ** 31,

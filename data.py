@@ -102,20 +102,18 @@ def parse_pairs(row):
 def parse_hh(row):
     """hh-rlhf: two whole dialogues, equal up to the last "Assistant:". The few that are not equal answer different
     questions, so they give no comparison."""
-    texts = [get(row, name, "text") for name in ("chosen", "rejected")]
-    ends = [text.rfind("\n\nAssistant:") for text in texts]
-    if not all(text.startswith("\n\nHuman:") and end > 0 for text, end in zip(texts, ends)):
+    dialogues = [get(row, name, "text").rpartition("\n\nAssistant:") for name in ("chosen", "rejected")]
+    (prompt, other), _, answers = zip(*dialogues)
+    if not (prompt.startswith("\n\nHuman:") and other.startswith("\n\nHuman:")):
         near = difflib.get_close_matches("prompt", set(row) - {"chosen", "rejected"}, 1, 0) or ["none"]
         raise UserError(f"no field 'prompt' (nearest: {near[0]}); without one, chosen and rejected must be dialogues "
                         "as in hh-rlhf: start with \"\\n\\nHuman:\" and have an \"\\n\\nAssistant:\" turn")
-    prompt = texts[0][:ends[0]]
-    answers = tuple(text[end + len("\n\nAssistant:"):].strip() for text, end in zip(texts, ends))
-    if prompt != texts[1][:ends[1]]:
-        return prompt, answers, "the dialogues differ before the last answer"
-    asked = prompt.rfind("\n\nHuman:")
-    if asked < prompt.rfind("\n\nAssistant:") or not prompt[asked + len("\n\nHuman:"):].strip():
-        return prompt, answers, "the turn before the answer is not the human's"
-    return prompt, answers, [((0, 1), {})]
+    question, labels = prompt.rpartition("\n\nHuman:")[2], [((0, 1), {})]
+    if prompt != other:
+        labels = "the dialogues differ before the last answer"
+    elif "\n\nAssistant:" in question or not question.strip():
+        labels = "the turn before the answer is not the human's"
+    return prompt, tuple(map(str.strip, answers)), labels
 
 
 ASPECTS = {"helpfulness": "helpfulness", "honesty": "honesty", "truthfulness": "truthfulness",
@@ -125,9 +123,7 @@ ASPECTS = {"helpfulness": "helpfulness", "honesty": "honesty", "truthfulness": "
 def parse_ultrafeedback(row):
     """UltraFeedback: for each aspect, the best rated completion against the worst; none where all are rated alike. All
     six pairs of an aspect would repeat the same texts. Ratings are text, "N/A" where there is none."""
-    prompt, completions = get_prompt(row, "instruction"), get(row, "completions", "a list")
-    if not all(isinstance(completion, dict) for completion in completions):
-        raise UserError("'completions' has an entry that is not an object")
+    prompt, completions = get_prompt(row, "instruction"), get(row, "completions", "a list of objects")
     responses, labels = tuple(get(completion, "response", "text") for completion in completions), []
     for aspect, group in ASPECTS.items():
         ratings = {}
@@ -251,11 +247,9 @@ def read_rows(paths, counts, skip_bad_rows=False):
 # name: (dataset on the hub, pattern of the files in it that are meant)
 SOURCES = {"pku-saferlhf": ("PKU-Alignment/PKU-SafeRLHF", ""),
            "pku-saferlhf-30k": ("PKU-Alignment/PKU-SafeRLHF-30K", ""),
-           "pku-saferlhf-10k": ("PKU-Alignment/PKU-SafeRLHF-10K", ""),
-           "hh-rlhf": ("Anthropic/hh-rlhf", ""),
+           "pku-saferlhf-10k": ("PKU-Alignment/PKU-SafeRLHF-10K", ""), "hh-rlhf": ("Anthropic/hh-rlhf", ""),
            "hh-rlhf-harmless": ("Anthropic/hh-rlhf", "^harmless-base/"),
-           "hh-rlhf-helpful": ("Anthropic/hh-rlhf", "^helpful-base/"),
-           "ultrafeedback": ("openbmb/UltraFeedback", "")}
+           "hh-rlhf-helpful": ("Anthropic/hh-rlhf", "^helpful-base/"), "ultrafeedback": ("openbmb/UltraFeedback", "")}
 
 
 def source_files(source):
@@ -400,13 +394,10 @@ def view(name, needs=(), score="reward"):
     return register
 
 
-SCORE_SIGNS = {"reward": 1, "cost": -1}  # a cost is high where a response is unsafe
-
-
 def score_margin(score, chosen, rejected):
     """SPE-DPO's m = max(0, s(chosen) - s(rejected)) of two values of the named score, s being minus a cost
     (arXiv 2506.02460): 0 where the score orders the two the other way."""
-    return max(0.0, SCORE_SIGNS[score] * (chosen - rejected))
+    return max(0.0, rejected - chosen if score == "cost" else chosen - rejected)
 
 
 def ordered(comparison, chosen, score="reward"):

@@ -108,7 +108,6 @@ def one_line_if_lost():
 
 # A run folder: config.json, metrics.jsonl, checkpoint/, and what was trained. Beside a finished run or a checkpoint, a
 # new run works in .new/, and takes its place when it is finished itself.
-
 WEIGHT_FOLDERS = ("model", "adapter", "experts")  # a run has one of them: all weights, one expert, a mixture
 RUN_FILES = ("config.json", "metrics.jsonl", "tokens.txt", "experts.json", "eval*.json", "samples*.txt",
              "answers*.jsonl", "checkpoint", *WEIGHT_FOLDERS)
@@ -131,10 +130,10 @@ def earlier_run(settings, free):
     for folder in (out / ".new", out):
         before = read_settings(folder)
         if before["finished"] or (folder / "checkpoint").is_dir():
-            names = [name for name in sorted(settings.keys() - free) if before.get(name) != settings[name]]
-            changes[folder] = ", ".join(f"{name} {before.get(name)} (now {settings[name]})" if name != "inputs" else
-                                        "other contents of its input files" for name in names)
-            if not names and (resume or before["finished"] and not overwrite):
+            changes[folder] = ", ".join(
+                f"{name} {before.get(name)} (now {value})" if name != "inputs" else "other contents of its input files"
+                for name, value in sorted(settings.items()) if name not in free and before.get(name) != value)
+            if not changes[folder] and (resume or before["finished"] and not overwrite):
                 return folder
     for folder, changed in changes.items() if not overwrite else ():
         if not changed or resume or folder == out and read_settings(out)["finished"]:
@@ -149,11 +148,9 @@ def open_run(settings, free, lock):
     writes there, the folder has files of something else, and as `earlier_run` does.
     """
     out = Path(settings["out"])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with one_line(f"--out {out}: another run is writing there; wait for it, or name another folder", Timeout):
         lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--out {out}: another run is writing there; wait for it, or name another folder") from None
     finish_move(out)
     for folder in (out, out / ".new"):  # what processes that were killed have left
         for leftover in folder.glob("*.[0-9]*.partial"):
@@ -220,7 +217,7 @@ def load_checkpoint(out, parameters, optimizer):
     with one_line(f"--resume: {path} is broken, remove it or --overwrite the run", BROKEN):
         sharded = any(is_sharded(parameter) for _, parameter in parameters)  # each process reads its rows from the disk
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=sharded)
-        stored, done = state["parameters"], (state["step"], state["sums"])
+        stored = state["parameters"]
         for name, parameter in parameters:
             if name not in stored or stored[name].shape != parameter.shape:
                 raise UserError(f"--resume: {path} was saved by a run with other settings ({name} does not fit)")
@@ -230,7 +227,7 @@ def load_checkpoint(out, parameters, optimizer):
             for name in moments.keys() - {"step"}:
                 moments[name] = shard_like(moments[name], members[number])
         optimizer.load_state_dict(state["optimizer"])
-    return done
+        return state["step"], state["sums"]
 
 
 LONG = 10  # rows of metrics.jsonl
