@@ -259,6 +259,12 @@ def save_model(model, folder, chat_template=None, write=True):
             (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
+def load_with_tokenizer(name_or_dir, template=None, dtype="float32", device="cpu"):
+    """(language model, its tokenizer with a template)."""
+    model = load_model(name_or_dir, DTYPES[dtype], device)
+    return model, Tokenizer(model.folder, template)
+
+
 def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
     """(score model, its tokenizer). template None: alpaca for safe-rlhf's models, else the tokenizer's own."""
     folder = find_folder(name_or_dir)

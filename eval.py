@@ -23,9 +23,8 @@ import numpy as np
 
 import toy
 from batch import Encoded, encode, longest
-from chat import TEMPLATES, Tokenizer
-from checkpoint import (cached_logps, export_experts, find_folder, load_model, load_policy, load_start, read_config,
-                        save_model, started_from, weights_hash)
+from checkpoint import (cached_logps, export_experts, find_folder, load_policy, load_start, load_with_tokenizer,
+                        read_config, save_model, started_from, weights_hash)
 from common import (CACHE, DTYPES, Parser, UserError, appending, as_command, check_device, check_read, check_values,
                     content_hash, files_hash, first_line, progress, read_json, setting, source_names, whole_rows,
                     write_text)
@@ -82,8 +81,8 @@ def read_prompts(name, count=0, seed=0, held_out=0.02):
 
 def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0, use="mixture", users="",
                         max_new_tokens=64, batch_size=None, skip=(), show_progress=False):
-    """Yield {"number", "answer", "ids", "ended", "expert"} of each prompt, text or messages, batch_size at a time
-    (default: all). skip: numbers of prompts that are left out. What comes does not depend on the batch."""
+    """Yield {"prompt", "number", "answer", "ids", "ended", "expert"} of each prompt, text or messages, batch_size at a
+    time (default: all). skip: numbers of prompts that are left out. What comes does not depend on the batch."""
     left = [i for i in range(len(prompts)) if i not in skip]
     if not left:
         return
@@ -91,22 +90,20 @@ def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0,
     experts = choose_experts(model, tokenizer, rendered, use, users, seed)[left] if model.gate is not None else None
     tokens, stops = tokenizer.encode([rendered[i] for i in left]), {*tokenizer.stop_ids, *model.config.eos_ids}
     prepare = None if experts is None else lambda numbers: use_expert(model, experts[numbers])
-    rows = batch_size or len(left)
-    answers = stream(model, tokens, max_new_tokens, rows, temperature, top_p, stops, seed, prepare)
+    answers = stream(model, tokens, max_new_tokens, batch_size or len(left), temperature, top_p, stops, seed, prepare)
     for i, ids in progress(answers, "answers", len(prompts), show=show_progress, initial=len(skip), unit="answer"):
-        yield {"number": left[i], "answer": tokenizer.answer(tokens[i], ids), "ids": ids, "ended": ids[-1] in stops,
-               "expert": None if experts is None else int(experts[i])}
+        yield {"prompt": prompts[left[i]], "number": left[i], "answer": tokenizer.answer(tokens[i], ids), "ids": ids,
+               "ended": ids[-1] in stops, "expert": None if experts is None else int(experts[i])}
 
 
 def answer(model, tokenizer, prompts, **settings):
-    """[(response text, whether it came to its end)] to prompts. settings: see `answers_as_they_end`."""
-    rows = sorted(answers_as_they_end(model, tokenizer, prompts, **settings), key=lambda row: row["number"])
-    return [(row["answer"], row["ended"]) for row in rows]
+    """The rows of `answers_as_they_end`, in the order of the prompts."""
+    return sorted(answers_as_they_end(model, tokenizer, prompts, **settings), key=lambda row: row["number"])
 
 
 def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch_size=None, **settings):
-    """The rows of `answers_as_they_end`, in the order of the prompts, kept in folder/answers-name-….jsonl as they come,
-    a file for each process: an interrupted call goes on where it stopped."""
+    """The rows of `answer`, kept in folder/answers-name-….jsonl as they come, a file for each process: an interrupted
+    call goes on where it stopped."""
     tokens, folder = tokenizer.encode(tokenizer.render_all(prompts)), Path(folder)
     work = content_hash(weights_hash(model), tokens, sorted(tokenizer.stop_ids), settings)[:12]
 
@@ -118,7 +115,7 @@ def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch
     with appending(path) as (_, append):
         for row in answers_as_they_end(model, tokenizer, prompts, **settings, batch_size=batch_size, skip=done,
                                        show_progress=processes.rank == 0):
-            append({"prompt": prompts[row["number"]], **row})
+            append(row)
     processes.gather({})  # all of them are done
     rows = read()
     return [rows[i] for i in range(len(prompts))]
@@ -134,13 +131,9 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static=
     preferences: those of the toy world that the run mixed, which are scored as well. Returns (eval.json, samples).
     """
     settings = {"seed": seed, "temperature": temperature}
-
-    def answer_by_base(prompts, **use):  # kept, as other runs from the same base ask it too
-        rows = kept_answers(base, tokenizer, prompts, CACHE, "toy", **settings, **use)
-        return [(row["answer"], row["ended"]) for row in rows]
-
     uses = ("sparse", *map(str, range(count_experts(policy)))) if policy.gate is not None else ()
-    answer_by = {"base": answer_by_base, "policy": partial(answer, policy, tokenizer, **settings)}
+    answer_by = {"base": partial(kept_answers, base, tokenizer, folder=CACHE, name="toy", **settings),  # for other runs
+                 "policy": partial(answer, policy, tokenizer, **settings)}
     report, answers = toy.report(answer_by, preferences, uses, split, seed)
     report |= {"split": split, **settings}
     if is_routed(policy):
@@ -280,12 +273,12 @@ def evaluate_answers(runs, args):
         return
     answers = {name: row.answers for name, row in rows.items()}
     judged = [{name: row.metrics for name, row in rows.items()}, health(prompts, answers),
-              score_answers(prompts, answers, baseline, args)]
+              score_answers(answers, baseline, args)]
     judges = {"rule": "a refusal rule (eval.py: refuses), English only"} | {
         kind: f"{folder} ({files_hash(find_folder(folder))[:12]})" for kind, folder in score_models(args).items()}
     try:
         if args.judge:
-            metrics, judges["judge"] = judge_answers(prompts, answers, baseline, args, out)
+            metrics, judges["judge"] = judge_answers(answers, baseline, args, out)
             judged.append(metrics)
     finally:  # the table of the other judges is written if this one fails
         write_table(rows, runs, judged, judges, prompts, out, args)
@@ -389,20 +382,18 @@ def write_pairs(args):
     """--make_pairs: sample answers of --model to every prompt, and pair the best with the worst by each scorer."""
     if not (args.model and args.reward_model and args.out.endswith(".jsonl")):
         raise UserError("--make_pairs needs --model, --reward_model and --out FILE.jsonl")
-    scorers = dict(load_scorer(name, args) for name in source_names(args.reward_model))
+    scorers = dict(load_scorer(name, args, args.score_template) for name in source_names(args.reward_model))
     if len(scorers) < len(source_names(args.reward_model)):
         raise UserError(f"--reward_model {args.reward_model}: two of them have the same name")
     prompts = [row["prompt"] for row in read_prompts(args.make_pairs, args.n) for _ in range(args.samples)]
-    folder = find_folder(args.model)
-    model, tokenizer = load_model(folder, DTYPES[args.dtype], args.device), Tokenizer(folder, args.template)
+    model, tokenizer = load_with_tokenizer(args.model, args.template, args.dtype, args.device)
     answers = answer(model, tokenizer, prompts, seed=args.seed, temperature=args.temperature, show_progress=True,
                      max_new_tokens=args.max_new_tokens or 64, batch_size=args.batch_size * args.samples)
-    answers = [(prompt, *text_and_end) for prompt, text_and_end in zip(prompts, answers)]
     pairs = make_pairs(answers, args.samples, scorers, args.batch_size)
     write_text(args.out, "".join(json.dumps(pair) + "\n" for pair in pairs))
-    counts = Counter(pair["group"] for pair in pairs)
+    of_scorer = Counter(pair["group"] for pair in pairs)
     print(f"{len(prompts) // args.samples} prompts, {args.samples} responses each; pairs: "
-          + ", ".join(f"{counts[name]} {name}" for name in scorers) + f", in {args.out}")
+          + ", ".join(f"{of_scorer[name]} {name}" for name in scorers) + f", in {args.out}")
 
 
 def write_out(args):
@@ -411,7 +402,7 @@ def write_out(args):
         raise UserError(f"--out{' ' * bool(args.out)}{args.out}: name a folder that is not there yet")
     policy, tokenizer, config = load_policy(args.merge or args.export, args.dtype, args.device)
     if args.merge:
-        template = tokenizer.chat_template if config["template"] in TEMPLATES else None
+        template = tokenizer.chat_template if config["template"] not in (None, "chat") else None
         save_model(merge_static(policy, args.static), args.out, template)
     else:
         export_experts(policy, args.out, config["template"])

@@ -473,12 +473,12 @@ COLUMNS = {key: heading for key, (heading, _, _) in METRICS.items()}  # of table
 def evaluate(answers, split, seed):
     """Ask the prompts of a split and let the oracle judge the answers.
 
-    answers: function of [prompt text] to [(response, whether it came to its end)]. Returns (metrics, judged): metrics
-    has the keys of METRICS, "<key>_se" for each, and n; judged is a list of (Prompt, response, Verdict).
+    answers: function of [prompt text] to rows with "answer" and "ended", True if it came to its end. Returns (metrics,
+    judged): metrics has the keys of METRICS, "<key>_se" for each, and n; judged is [(Prompt, response, Verdict)].
     """
     prompts = eval_prompts(split, seed)
-    texts = answers([prompt.text for prompt in prompts])
-    judged = [(prompt, text, oracle(prompt, text, ended)) for prompt, (text, ended) in zip(prompts, texts)]
+    answered = zip(prompts, answers([prompt.text for prompt in prompts]))
+    judged = [(prompt, row["answer"], oracle(prompt, row["answer"], row["ended"])) for prompt, row in answered]
     metrics = means_and_errors({name: [value(verdict) for prompt, _, verdict in judged if included(prompt)]
                                 for name, (_, included, value) in METRICS.items()})
     return {"n": len(judged), **metrics}, judged
@@ -490,8 +490,8 @@ def evaluate_preferences(answers, names, split, seed):
     preference as `users`, so that a gate on users has one."""
     metrics, degenerate = {}, []
     for name, prompts in preference_sample(names, split, seed).items():
-        texts = answers([prompt.text for prompt in prompts], users=name)
-        answered = [(prompt, text, ended) for prompt, (text, ended) in zip(prompts, texts)]
+        rows = answers([prompt.text for prompt in prompts], users=name)
+        answered = [(prompt, row["answer"], row["ended"]) for prompt, row in zip(prompts, rows)]
         metrics |= means_and_errors({name: [preference_score(name, *answer) for answer in answered]})
         degenerate += [oracle(*answer).degenerate for answer in answered]
     metrics["mixing"] = sum(metrics[name] for name in names) / len(names)

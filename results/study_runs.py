@@ -232,7 +232,7 @@ def forgetting(out, mixed, split):
     if not prompts:
         return math.nan
     tokenizer, start = Tokenizer(config["base"]), load_start({**config, "init_adapter": ()})
-    answers = [text for text, _ in answer(start, tokenizer, prompts, seed=config["seed"], temperature=1.0)]
+    answers = [row["answer"] for row in answer(start, tokenizer, prompts, seed=config["seed"], temperature=1.0)]
     kept = [i for i, text in enumerate(answers) if text.strip()]
     encoded = encode(tokenizer, tokenizer.render_all(prompts[i] for i in kept), [(answers[i],) for i in kept], 256)
     before, after = (cached_logps(model, encoded, "float32", "cpu", ALONE) for model in (start, load_policy(out)[0]))

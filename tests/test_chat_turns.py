@@ -90,7 +90,8 @@ def test_answers_stop_at_the_templates_end_of_a_turn(tmp_path, monkeypatch):
         class config:
             eos_ids = (7,)
     monkeypatch.setattr(eval_file, "stream", stream)
-    assert eval_file.answer(Model, tokenizer, ["a", "b"], seed=0, temperature=0.0) == [("Yes.", True), ("Yes, and", False)]
+    answers = eval_file.answer(Model, tokenizer, ["a", "b"], seed=0, temperature=0.0)
+    assert [(row["answer"], row["ended"]) for row in answers] == [("Yes.", True), ("Yes, and", False)]
     assert stops == [{end, tokenizer.eos_id, 7}]
 
 

@@ -78,13 +78,13 @@ def test_only_a_verdict_as_it_was_asked_for_is_read(text, keys, verdict):
     assert read_verdict(text, keys) == verdict
 
 
-ROWS = {"start": [{"answer": "no"}, {"answer": "steps"}, {"answer": "well"}],
-        "run": [{"answer": "yes"}, {"answer": "steps {more}"}, {"answer": "good"}]}
-PROMPTS = [{"prompt": "Why {this}?"}, {"prompt": "How?"}, {"prompt": [{"role": "user", "content": "Is it?"}]}]
+PROMPTS = ["Why {this}?", "How?", [{"role": "user", "content": "Is it?"}]]
+ROWS = {name: [{"prompt": prompt, "answer": text} for prompt, text in zip(PROMPTS, texts)]
+        for name, texts in (("start", ("no", "steps", "well")), ("run", ("yes", "steps {more}", "good")))}
 
 
 def test_every_answer_is_asked_about_alone_and_in_both_orders_against_the_baselines():
-    requests = judge_requests(PROMPTS, ROWS, "start")
+    requests = judge_requests(ROWS, "start")
     assert len(requests) == 3 + 3 * (1 + 4)
     for i, order in ((0, ("yes", "no")), (1, ("steps {more}", "steps"))):
         first, second = (requests["run", "harmless", i, k][0] for k in (0, 1))

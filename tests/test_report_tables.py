@@ -29,13 +29,16 @@ def test_each_metric_counts_the_prompts_that_it_is_about():
     """Answers that refuse all that is harmful or alarming and help with the rest."""
     prompts = toy.eval_prompts("test", 0)
 
+    def answers_that(ended):
+        return lambda texts: [{"answer": answer(prompt), "ended": ended} for prompt in prompts]
+
     def answer(prompt):
         steps = " ".join(f"{'First' if i == 0 else 'Then'} {step}." for i, step in enumerate(prompt.task.steps))
         if prompt.task.split != "seen":
             return steps
         return "I will not help with that." if prompt.task.kind != "plain" else steps
 
-    metrics, answers = toy.evaluate(lambda texts: [(answer(prompt), True) for prompt in prompts], "test", 0)
+    metrics, answers = toy.evaluate(answers_that(ended=True), "test", 0)
 
     def share(count, among):
         return sum(map(count, among)) / len(among)
@@ -56,7 +59,7 @@ def test_each_metric_counts_the_prompts_that_it_is_about():
         "over_refusal_alarming": share(refused, [p for p in safe if p.task.kind == "alarming"])}
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert 0 < metrics["over_refusal"] < metrics["over_refusal_alarming"]
-    cut_short = toy.evaluate(lambda texts: [(answer(prompt), False) for prompt in prompts], "test", 0)[0]
+    cut_short = toy.evaluate(answers_that(ended=False), "test", 0)[0]
     assert cut_short["degenerate"] == 1.0
 
 
