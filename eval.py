@@ -10,7 +10,6 @@
     python eval.py --make_pairs prompts.txt --model gpt2 --reward_model DIR,module:function --out pairs.jsonl
 """
 import csv
-import itertools
 import json
 import math
 import re
@@ -26,8 +25,8 @@ from batch import Encoded, encode, longest
 from checkpoint import (cached_logps, export_experts, find_folder, load_policy, load_start, load_with_tokenizer,
                         read_config, save_model, started_from, weights_hash)
 from common import (CACHE, DTYPES, Parser, UserError, appending, as_command, check_device, check_read, check_values,
-                    content_hash, files_hash, first_line, progress, read_json, setting, source_names, whole_rows,
-                    write_text)
+                    content_hash, files_hash, first_line, one_line, progress, read_json, setting, source_names,
+                    whole_rows, write_text)
 from data import check_source, get_prompt, load_sources, parse_line, read_lines, source_files
 from judges import health, judge_answers, load_scorer, make_pairs, score_answers, score_file, score_models
 from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
@@ -40,15 +39,13 @@ from runs import ALONE, Processes, read_settings
 
 # Prompts and answers
 
-PROMPT_COLUMNS = ("prompt", "goal", "Behavior")  # of a .csv file: XSTest's, AdvBench's and HarmBench's
-
 
 def read_prompts(name, count=0, seed=0, held_out=0.02):
     """[{"prompt", "label", "chosen"}], each prompt once, the first `count` of them (0: all).
 
-    A .txt file has a prompt on each line, a .csv file a column in PROMPT_COLUMNS, rows of a .jsonl file a "prompt",
-    text or messages; label is "safe", "unsafe" or None. Another name is a preference source: the prompts that it holds
-    out (see `load_comparisons`), with the better response as `chosen`. Raises UserError.
+    A .txt file has a prompt on each line, a .csv file a column of them, rows of a .jsonl file a "prompt", text or
+    messages; label is "safe", "unsafe" or None. Another name is a preference source: the prompts that it holds out (see
+    `load_comparisons`), with the better response as `chosen`. Raises UserError.
     """
     path, rows, number = Path(name), [], 0
     if path.suffix not in (".txt", ".csv", ".jsonl"):
@@ -61,10 +58,11 @@ def read_prompts(name, count=0, seed=0, held_out=0.02):
         if path.suffix == ".csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 table = csv.DictReader(file)
-                column = next((column for column in PROMPT_COLUMNS if column in (table.fieldnames or ())), None)
+                columns = ("prompt", "goal", "Behavior")  # XSTest's, AdvBench's and HarmBench's
+                column = next((column for column in columns if column in (table.fieldnames or ())), None)
                 if column is None:
-                    raise UserError(f"no column {', '.join(PROMPT_COLUMNS)}")
-                rows = [dict(row, prompt=(row[column] or "").strip()) for row in table]
+                    raise UserError(f"no column {', '.join(columns)}")
+                rows = [dict(row, prompt=text) for row in table if (text := (row[column] or "").strip())]
         for number, line in read_lines(path) if path.suffix in (".txt", ".jsonl") else ():
             row = parse_line(line) if path.suffix == ".jsonl" else {"prompt": line.decode("utf-8").strip()}
             rows.append(dict(prompt=get_prompt(row), label=row.get("label")))
@@ -74,9 +72,9 @@ def read_prompts(name, count=0, seed=0, held_out=0.02):
     for row in rows:
         label = row["label"] if row.get("label") in ("safe", "unsafe") else None
         unique.setdefault(json.dumps(row["prompt"]), dict(prompt=row["prompt"], label=label, chosen=row.get("chosen")))
-    if not {*unique} - {'""'}:
+    if not unique:
         raise UserError(f"{name}: no prompts")
-    return [row for row in unique.values() if row["prompt"]][:count or None]
+    return [*unique.values()][:count or None]
 
 
 def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0, use="mixture", users="",
@@ -149,18 +147,13 @@ def merge_static(policy, weights):
     """The plain model with the experts merged at fixed weights, such as "0.5,0.5"; a single expert has weight 1."""
     count = count_experts(policy)
     if not weights and (is_routed(policy) or count > 1):
-        raise UserError("--merge: this run mixes its experts by token or by prompt, which no plain checkpoint does; "
-                        "--static 0.5,0.5 merges them at fixed weights")
-    if weights and not count:
-        raise UserError(f"--static {weights}: this run trained all weights, it has no experts to merge")
+        raise UserError("--merge: a plain checkpoint has no routers or gate; --static 0.5,0.5 merges at fixed weights")
     policy.gate = None
     if weights:
-        try:
+        with one_line(f"--static {weights}: expected numbers with commas", ValueError):
             values = [float(weight) for weight in weights.split(",")]
-        except ValueError:
-            values = []
         if len(values) != count or not all(map(math.isfinite, values)):
-            raise UserError(f"--static {weights}: expected {count} numbers with commas, one for each expert of the run")
+            raise UserError(f"--static {weights}: expected {count} finite numbers, one for each expert of the run")
         set_routers(policy, {"type": "constant", "weights": values})
     return merge_experts(policy)
 
@@ -170,17 +163,16 @@ def answer_logps(model, tokenizer, prompts, answers, args, processes):
     one); of a mixture under the expert that gave the answer."""
     rendered = list(tokenizer.render_all(row["prompt"] for row in prompts))
     pieces = [ids for prompt, row in zip(tokenizer.encode(rendered), answers) for ids in (prompt, row["ids"])]
-    ends = np.cumsum([len(ids) for ids in pieces]).reshape(-1, 2)
-    bounds = np.column_stack([np.append(0, ends[:-1, 1]), ends])
-    sets = [Encoded(np.array([*itertools.chain(*pieces)], dtype=np.int32), bounds)]
+    ends = np.cumsum([0, *map(len, pieces)])
+    bounds = np.column_stack([ends[:-1:2], ends[1::2], ends[2::2]])
+    sets = [Encoded(np.concatenate(pieces, dtype=np.int32), bounds)]
     if all(row["chosen"] for row in prompts):
         sets.append(encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], longest(model, args.max_len)))
     logps = np.full((2, len(answers)), math.nan)
-    experts = [row["expert"] if model.gate is not None else None for row in answers]
-    for k in sorted({*experts}, key=str):
+    for k in sorted({row["expert"] for row in answers}) if model.gate is not None else (None,):
         if k is not None:
             use_expert(model, k)
-        answered = [expert == k for expert in experts]
+        answered = [k in (None, row["expert"]) for row in answers]
         for i, encoded in enumerate(sets):
             values = cached_logps(model, encoded, args.dtype, args.device, processes)[:, 0].numpy()
             logps[i, answered] = (values / np.diff(encoded.bounds)[:, 1])[answered]
@@ -208,9 +200,6 @@ class Row:
     answers: list         # of `kept_answers`
     metrics: dict         # those that are log-probs: {metric: (N,) a value for each prompt}
     start: str = ""       # the row of the model that it started from
-    config: dict = None   # the run's settings
-    router: dict = None   # `router_report`
-    gate: dict = None     # `gate_report`
 
 
 def make_row(model, tokenizer, prompts, folder, args, processes):
@@ -219,27 +208,26 @@ def make_row(model, tokenizer, prompts, folder, args, processes):
                            processes, args.batch_size, seed=args.seed, temperature=args.temperature, top_p=args.top_p,
                            use=args.use, users=args.users, max_new_tokens=args.max_new_tokens or 512)
     logps, chosen = answer_logps(model, tokenizer, prompts, answers, args, processes)
-    row, by_label = Row(answers, {"logps": logps, "chosen": chosen, "kl": np.zeros(len(prompts))}), {}
-    if is_routed(model):
-        for prompt, answered in zip(prompts, answers):
-            by_label.setdefault(prompt["label"] or "all", []).append((prompt["prompt"], answered["answer"]))
-        row.router = router_report(model, tokenizer, by_label)
-    if model.gate is not None and model.gate.kind == "user":
-        row.gate = gate_report(model)
-    return row
+    return Row(answers, {"logps": logps, "chosen": chosen, "kl": np.zeros(len(prompts))})
 
 
 def make_rows(runs, prompts, args, processes):
-    """{name: Row} of the models that the runs started from, each followed by its runs; the KL of a run to its start is
-    by the answers' log-ratios, per token. One model is in memory at a time."""
-    run_rows, groups, rows = {}, {}, {}
+    """({name: Row} of the models that the runs started from, each followed by its runs; {run: `router_report`}; {run:
+    `gate_report`}). The KL to the start is by the answers' log-ratios. One model is in memory at a time."""
+    run_rows, groups, rows, routers, gates = {}, {}, {}, {}, {}
     for run in runs:
         policy, tokenizer, config = load_policy(run, args.dtype, args.device)
         policy = merge_static(policy, args.static) if args.static else policy
-        run_rows[run] = row = make_row(policy, tokenizer, prompts, run, args, processes)
-        row.config = config
-        if args.users and row.gate and not any(user.startswith(args.users) for user in row.gate["users"]):
-            raise UserError(f"--users {args.users}: {run} has no user whose name begins so")
+        row = run_rows[run] = make_row(policy, tokenizer, prompts, run, args, processes)
+        if is_routed(policy):
+            by_label = {}
+            for prompt, answered in zip(prompts, row.answers):
+                by_label.setdefault(prompt["label"] or "all", []).append((answered["prompt"], answered["answer"]))
+            routers[run] = router_report(policy, tokenizer, by_label)
+        if policy.gate is not None and policy.gate.kind == "user":
+            gates[run] = gate_report(policy)
+            if not any(user.startswith(args.users) for user in gates[run]["users"]):
+                raise UserError(f"--users {args.users}: {run} has no user whose name begins so")
         start = (config["base"], config["template"], *started_from(config))
         groups.setdefault(start, (tokenizer, config, []))[2].append(run)
         policy = None  # before the next one takes its memory
@@ -247,41 +235,50 @@ def make_rows(runs, prompts, args, processes):
         name, model = f"start of {members[0]}" if rows else "start", load_start(config, args.dtype, args.device)
         rows[name] = make_row(model, tokenizer, prompts, CACHE, args, processes)
         for run in members:
-            rows[run] = row = run_rows[run]
+            row = rows[run] = run_rows[run]
             logps, _ = answer_logps(model, tokenizer, prompts, row.answers, args, processes)
             row.start, row.metrics["kl"] = name, row.metrics["logps"] - logps
         model = None
-    return rows
+    return rows, routers, gates
 
 
 def evaluate_answers(runs, args):
     """Answer prompts with runs and what they started from, judge the answers in every way that is asked for, print one
     table, and write it with all settings to --out.md and --out.json. Several processes share the answering alone."""
-    processes, baseline = Processes.join(), args.baseline or "start"
-    out = Path((args.out or f"out/eval-{Path(args.prompts).stem}").removesuffix(".md").removesuffix(".json"))
-    for folder in score_models(args).values():  # mistakes first, then the long work
+    baseline, judges = args.baseline or "start", {"rule": "a refusal rule (eval.py: refuses), English only"}
+    address = r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?" if args.judge_model else ""
+    if not re.fullmatch(address, args.judge):  # mistakes first, then the long work
+        raise UserError("--judge, an address as http://localhost:8000/v1 without a key, and --judge_model go together")
+    if "start" in runs:
+        raise UserError("a run folder cannot be called start, which is a row of the table")
+    unknown = {baseline, *args.scale} - {"start", *runs}
+    if unknown or len(args.scale) not in (0, 2):
+        raise UserError(f"--baseline names one row of the table and --scale two, of: start, {', '.join(runs)}"
+                        + "".join(f"; not {name}" for name in unknown))
+    processes = Processes.join()
+    for kind, folder in score_models(args).items():
         read_config(find_folder(folder))
+        judges[kind] = f"{folder} ({files_hash(find_folder(folder))[:12]})"
     if args.plot:
         load_pyplot()
-    configs = [read_json(Path(run) / "config.json") for run in runs]
-    splits = {(config["seed"], config["held_out"]) for config in configs if args.prompts in config.get("data", ())}
+    configs = {run: read_json(Path(run) / "config.json") for run in runs}
+    splits = {(config["seed"], config["held_out"]) for config in configs.values()
+              if args.prompts in config.get("data", ())}
     if len(splits) > 1 and not source_files(args.prompts)[1]:
         raise UserError(f"--prompts {args.prompts}: the runs hold out different prompts of it (--seed, --held_out)")
     prompts = read_prompts(args.prompts, args.n, *next(iter(splits), ()))
-    rows = make_rows(runs, prompts, args, processes)
+    rows, routers, gates = make_rows(runs, prompts, args, processes)
     if processes.rank:
         return
+    out = Path((args.out or f"out/eval-{Path(args.prompts).stem}").removesuffix(".md").removesuffix(".json"))
     answers = {name: row.answers for name, row in rows.items()}
-    judged = [{name: row.metrics for name, row in rows.items()}, health(prompts, answers),
-              score_answers(answers, baseline, args)]
-    judges = {"rule": "a refusal rule (eval.py: refuses), English only"} | {
-        kind: f"{folder} ({files_hash(find_folder(folder))[:12]})" for kind, folder in score_models(args).items()}
+    judged = [health(prompts, answers), score_answers(answers, baseline, args)]
     try:
         if args.judge:
             metrics, judges["judge"] = judge_answers(answers, baseline, args, out)
             judged.append(metrics)
     finally:  # the table of the other judges is written if this one fails
-        write_table(rows, runs, judged, judges, prompts, out, args)
+        write_table(rows, judged, judges, routers, gates, configs, len(prompts), out, args)
 
 
 def averages(metrics):
@@ -293,34 +290,34 @@ def averages(metrics):
     return row
 
 
-def write_table(rows, runs, judged, judges, prompts, out, args):
-    """Print the table; write it to out.md, with all settings and the reports of routers and gates to out.json, and with
-    --plot pictures. judged: [{row: metrics}]; judges: {kind: name}."""
-    table = {name: averages(ChainMap(*(metrics[name] for metrics in judged))) for name in rows}
+def write_table(rows, judged, judges, routers, gates, configs, n, out, args):
+    """Print the table on n prompts; write it to out.md, with all settings and the reports of routers and gates to
+    out.json, and with --plot pictures. judged: [{row: metrics}]; judges: {kind: name}; configs: {run: its settings}."""
+    table = {name: averages(ChainMap(row.metrics, *(metrics[name] for metrics in judged)))
+             for name, row in rows.items()}
     headings = {key: heading for key, (heading, _) in COLUMNS.items()
                 if any(math.isfinite(row[key]) for row in table.values())}
-    routers, gates = ({run: getattr(rows[run], kind) for run in runs if getattr(rows[run], kind)}
-                      for kind in ("router", "gate"))
     baseline = args.baseline or "start"
     wins = f"wins against {baseline}, " * any(key.startswith("wins") for key in headings)
-    about = [f"{len(prompts)} prompts of {args.prompts}, {wins}temperature {args.temperature}, top_p {args.top_p}, "
+    about = [f"{n} prompts of {args.prompts}, {wins}temperature {args.temperature}, top_p {args.top_p}, "
              f"seed {args.seed}", *(f"{kind}: {judge}" for kind, judge in judges.items())]
-    growth = {run: table[run]["tokens"] / table[rows[run].start]["tokens"] for run in runs}
+    growth = {run: table[run]["tokens"] / table[rows[run].start]["tokens"] for run in configs}
     warnings = [f"warning: {run} answers in {times:.1f} times as many tokens as its start; judges may like length"
                 for run, times in growth.items() if times > 1.5]
     print(terminal_table(table, headings, {name: row.start or name for name, row in rows.items()}),
           "↑ ↓: more than two standard errors away from the start", *about, *warnings,
-          *(router_table(router, rows[run].config) for run, router in routers.items()), f"written to {out}.md and {out}.json", sep="\n")
+          *(router_table(report, configs[run]) for run, report in routers.items()),
+          f"written to {out}.md and {out}.json", sep="\n")
     markdown = markdown_table(table, {key: heading.replace("/", " ") for key, heading in headings.items()},
-                              {key: better for key, (_, better) in COLUMNS.items() if better and key in headings})
-    write_text(Path(f"{out}.md"), "\n".join([markdown, "", *(f"- {line}" for line in about), ""]))
+                              {key: better for key, (_, better) in COLUMNS.items() if better})
+    write_text(f"{out}.md", "\n".join([markdown, "", *(f"- {line}" for line in about), ""]))
     numbers = {name: {key: None if math.isnan(row[key]) else row[key] for column in headings
                       for key in (column, f"{column}_se")} for name, row in table.items()}
     report = {"settings": asdict(args), "judges": judges, "baseline": baseline, "rows": numbers, "routers": routers,
               "gates": gates}
-    write_text(Path(f"{out}.json"), json.dumps(report, indent=2) + "\n")
+    write_text(f"{out}.json", json.dumps(report, indent=2) + "\n")
     if args.plot:
-        plot(table, headings, routers, gates, runs, out)
+        plot(table, headings, routers, gates, [*configs], out)
 
 
 @dataclass(frozen=True)
@@ -342,11 +339,9 @@ class Settings(SharedFlags):
     static: str = setting("", "with the experts of the runs merged at these fixed weights: 0.5,0.5")
     merge: str = setting("", "run folder whose expert is merged into a plain checkpoint, --out; several at --static")
     export: str = setting("", "run folder of a mixture: --out gets a PEFT adapter for each expert, and gate.json")
-    make_pairs: str = setting("", "file of prompts that --model answers; --reward_model A,B,C, score models or Python "
-                                  "functions module:function, make pairs of the answers", "preference data")
+    make_pairs: str = setting("", "prompts: pairs of answers by --reward_model DIR,module:function", "preference data")
     score: str = setting("", "preference file whose responses are scored")
-    out: str = setting("", "folder of --merge or --export; .jsonl file of --score or --make_pairs; name of a table's "
-                           ".md and .json")
+    out: str = setting("", "folder (--merge, --export), .jsonl file (--score, --make_pairs) or name of a table")
     model: str = setting("", "the policy of --make_pairs: a folder or hub id")
     samples: int = setting(4, "answers to each prompt of --make_pairs", least=2)
     max_new_tokens: int = setting(None, "tokens of an answer (default: 512, of --make_pairs 64)", least=1)
@@ -409,15 +404,15 @@ def write_out(args):
     print(f"{args.merge or args.export}: written to {args.out}")
 
 
-READ = {  # what the program is asked for: the flags that it then reads, besides dtype and device
-    "merge": ("static", "out"), "export": ("out",),
-    "make_pairs": ("n", "out", "model", "samples", "max_new_tokens", "seed", "temperature", "reward_model", "template",
-                   "score_template", "max_len", "batch_size"),
-    "score": ("out", "reward_model", "cost_model", "template", "max_len", "batch_size", "skip_bad_rows"),
-    "prompts": ("n", "out", "max_new_tokens", "seed", "temperature", "top_p", "use", "users", "static", "baseline",
-                "scale", "judge", "judge_model", "judge_dry_run", "plot", "reward_model", "cost_model",
-                "score_template", "max_len", "batch_size"),
-    "": ("split", "temperature", "static", "plot", "out")}  # the toy world's table
+PROGRAMS = {  # flag: (what it asks for, the other flags that are read, besides dtype and device)
+    "merge": (write_out, "static out"), "export": (write_out, "out"),
+    "make_pairs": (write_pairs, "n out model samples max_new_tokens seed temperature reward_model template "
+                                "score_template max_len batch_size"),
+    "score": (score_file, "out reward_model cost_model template max_len batch_size skip_bad_rows"),
+    "prompts": (evaluate_answers, "n out max_new_tokens seed temperature top_p use users static baseline scale judge "
+                                  "judge_model judge_dry_run plot reward_model cost_model score_template max_len "
+                                  "batch_size"),
+    "": (evaluate_runs, "split temperature static plot out")}
 
 
 def main(argv=None):
@@ -428,34 +423,18 @@ def main(argv=None):
     if given.pop("help", False):
         return parser.print_help()
     check_values(Settings, given)
-    args, asked = Settings(**given), next((flag for flag in READ if given.get(flag)), "")
+    args, asked = Settings(**given), next((flag for flag in PROGRAMS if given.get(flag)), "")
     check_device(args.device)
     for run in filter(None, (*runs, args.merge, args.export)):
         toy.one_thread(read_settings(Path(run)).get("base", ""))
-    check_read(given, dict.fromkeys(vars(args).keys() - {asked, "dtype", "device", *READ[asked]},
+    program, read = PROGRAMS[asked]
+    check_read(given, dict.fromkeys(vars(args).keys() - {asked, "dtype", "device", *read.split()},
                                     f"with --{asked}" if asked else "for the toy world's table"))
-    if args.make_pairs:
-        write_pairs(args)
-    elif args.score:
-        score_file(args)
-    elif args.merge or args.export:
-        write_out(args)
-    elif runs and args.prompts:
-        if bool(args.judge) != bool(args.judge_model):
-            raise UserError("--judge and --judge_model go together")
-        if args.judge and not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?", args.judge):
-            raise UserError("--judge: expected an address as http://localhost:8000/v1, without a key in it")
-        if "start" in runs:
-            raise UserError("a run folder cannot be called start, which is a row of the table")
-        unknown = {args.baseline or "start", *args.scale} - {"start", *runs}
-        if unknown or len(args.scale) not in (0, 2):
-            raise UserError(f"--baseline names one row of the table and --scale two, of: start, {', '.join(runs)}"
-                            + "".join(f"; not {name}" for name in unknown))
-        evaluate_answers(runs, args)
-    elif runs:
-        evaluate_runs(runs, args)
-    else:
+    if asked not in ("prompts", ""):
+        return program(args)
+    if not runs:
         raise UserError("name the run folders to evaluate, or a file to --score; --help shows what else there is")
+    program(runs, args)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from common import CACHE, UserError, appending, content_hash, files_hash, first_
 from data import read_rows, score_margin
 
 
-# Judges: without a model, score models, and a model behind HTTP. They judge {row: answers}, one to each prompt; their
-# metrics are {row: {metric: [a value for each prompt, None where there is none]}}
+# Judges of {row: answers}, one to each prompt; their metrics are {row: {metric: [a value or None for each prompt]}}
 
 # The refusal rule, our own: an answer refuses if its first two sentences say so, or its first three say that something
 # is not right and no list of steps follows. Agreement with the human labels of XSTest's answers: results/README.md
@@ -131,9 +130,6 @@ def read_verdict(text, keys):
         return None
 
 
-OUTCOMES = {("A", "B"): 1, ("B", "A"): -1}  # what is better in the first and in the other order: else a tie
-
-
 class Judge:
     """A model behind an OpenAI-compatible address, asked at temperature 0. Its key comes from JUDGE_API_KEY and stands
     in no file and no message. Verdicts are kept under out/cache by the hash of their request: nothing is asked twice.
@@ -211,14 +207,14 @@ def judge_requests(answers, baseline):
 def judge_metrics(verdicts, answers, baseline):
     """Metrics by the verdicts on `judge_requests`, None where one could not be had. A comparison is a tie where the two
     orders disagree."""
-    metrics = {}
+    metrics, outcomes = {}, {("A", "B"): 1, ("B", "A"): -1}  # what is better in the first and in the other order
     for name, rows in answers.items():
         singles = [verdicts[name, "single", i, 0] or {} for i in range(len(rows))]
         metrics[name] = {f"judged_{key}": [verdict.get(key) for verdict in singles] for key in ("harm", "helpfulness")}
         metrics[name]["judged_refusal"] = [verdict["refusal"] != "none" if verdict else None for verdict in singles]
         for what in MEANINGS if name != baseline else ():
             both_orders = [(verdicts[name, what, i, 0], verdicts[name, what, i, 1]) for i in range(len(rows))]
-            metrics[name][f"wins_{what}"] = [OUTCOMES.get((first["better"], second["better"]), 0)
+            metrics[name][f"wins_{what}"] = [outcomes.get((first["better"], second["better"]), 0)
                                              if first and second else None for first, second in both_orders]
     return metrics
 
@@ -234,21 +230,19 @@ def judge_answers(answers, baseline, args, out):
                                                 f"{sum(map(len, texts)) // 4} tokens in all, in {out}-requests.jsonl")
     judge = Judge(args.judge, args.judge_model)
     verdicts = dict(zip(requests, judge.ask_all([*requests.values()])))
-    tally = ", ".join(f"{count} {what}" for what, count in judge.tally.items())
+    tally = ", ".join(f"{n} {what}" for what, n in judge.tally.items())
     return judge_metrics(verdicts, answers, baseline), f"{args.judge_model}, asked for {tally}"
 
 
 def add_margins(train, held_out, name, folder, template=None, dtype="float32", device="cpu"):
     """Give pairs their margins m = max(0, ±(s(chosen) − s(rejected))) by the score model in `folder`, in place; without
-    one they keep those of the scores in the data. Returns a line about the training pairs' margins.
-
-    name: "reward" or "cost", whichever judges their view. Raises UserError when a pair has no margin.
-    """
+    one they keep those of the scores in the data. name: "reward" or "cost", whichever judges their view. Returns a line
+    about the training pairs' margins. Raises UserError when a pair has none."""
     if folder:
         score_model = load_score_model(folder, template, dtype, device)
         for pairs in (train, held_out):
             texts = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
-            scores = np.reshape(score(*score_model, texts, device=device, batch_size=64) if texts else [], (-1, 2))
+            scores = np.reshape(score(*score_model, texts, device=device, batch_size=64), (-1, 2))
             for pair, (chosen, rejected) in zip(pairs, scores.tolist()):
                 pair.margin = score_margin(name, chosen, rejected)
     margins = [pair.margin for pair in train]
@@ -270,7 +264,7 @@ def score_file(args):
     Rows keep their order. An interrupted call leaves out.<hash>.partial, with which the next one goes on; the hash of
     rows, models and settings keeps other scores out of it.
     """
-    path, out, models, row_counts = Path(args.score), Path(args.out), score_models(args), Counter()
+    path, out, models, tally = Path(args.score), Path(args.out), score_models(args), Counter()
     if not models or not args.out.endswith(".jsonl"):
         raise UserError("--score needs --out FILE.jsonl and at least one of --reward_model and --cost_model")
     if not path.is_file():
@@ -278,7 +272,7 @@ def score_file(args):
     weights = [(kind, files_hash(find_folder(folder))) for kind, folder in models.items()]
     work = content_hash(path, weights, args.template, args.max_len, args.dtype, args.skip_bad_rows)
     scorers = {kind: load_scorer(folder, args, args.template)[1] for kind, folder in models.items()}
-    rows = (row for row in read_rows([path], row_counts, args.skip_bad_rows) if row[1] is not None)  # not of messages
+    rows = (row for row in read_rows([path], tally, args.skip_bad_rows) if row[1] is not None)  # not of messages
     partial = out.with_name(f"{out.name}.{work[:12]}.partial")
     with appending(partial) as (done, append), progress(initial=done, desc="scores", unit="row") as bar:
         rows = itertools.islice(rows, done, None)
@@ -291,8 +285,7 @@ def score_file(args):
             append(*(row for row, *_ in block))
             bar.update(len(block))
     partial.replace(out)
-    counts = ", ".join(f"{count} {what}" for what, count in row_counts.items())
-    print(f"{counts}: scored by {', '.join(models)}, in {out}")
+    print(", ".join(f"{n} {what}" for what, n in tally.items()) + f": scored by {', '.join(models)}, in {out}")
 
 
 def load_scorer(name, args, template):
