@@ -360,8 +360,9 @@ def evaluate_runs(runs, args):
             raise UserError(f"{run}: this run is about {config['model']}; name what to ask it with --prompts")
         policy = merge_static(policy, args.static) if args.static else policy
         start, name = load_start(config, args.dtype, args.device), f"{run} at {args.static}" if args.static else run
+        preferences = [group for group, _ in config["groups"]] if config["data"] == ["toy"] else []
         reports[name], _ = evaluate_run(policy, start, tokenizer, run, args.split, config["seed"], args.temperature,
-                                        args.static, toy.preferences_of(config["data"], config["groups"]))
+                                        args.static, preferences)
         configs[name] = config
         if policy.gate is not None and policy.gate.kind == "user":
             gates[run] = gate_report(policy)
