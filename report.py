@@ -22,9 +22,9 @@ BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8}  # wh
 FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "reward": "harmlessness",
              "judged_helpfulness": "judged_harm"}  # the metrics of helpfulness and harmlessness that a picture may show
 # Settings by which runs are not named: folders, and what changes no weights
-UNNAMED = {"out", "base", "inputs", "finished", "resume", "device", "batch_size", "grad_accum", "batch_tokens",
-           "compile", "fsdp", "checkpointing", "save_every", "log_every", "eval_every", "wandb", "eval_split",
-           "temperature"}
+UNNAMED = {"out", "base", "inputs", "finished", "resume", "overwrite", "device", "batch_size", "grad_accum",
+           "batch_tokens", "compile", "fsdp", "checkpointing", "save_every", "log_every", "eval_every", "wandb",
+           "eval_split", "temperature"}
 
 
 # Means with their errors, and tables of them

@@ -111,7 +111,7 @@ def steps_of(passes, size):
 def test_a_batch_mixes_the_preferences_in_the_shares_given(quick, passes):
     def batches(groups):
         passes.clear()
-        run("run", *PMOL, "--groups", groups)
+        run("run", *PMOL, "--groups", groups, "--overwrite")
         return steps_of(passes, 8)
 
     steps = batches("helpfulness=3,empathy=1")

@@ -3,7 +3,7 @@ import math
 import shutil
 import signal
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -64,7 +64,8 @@ def test_the_plan_lists_the_five_runs_and_changes_nothing(place):
     """Score models, then the experts by their margins, then the routers over the experts."""
     config = methods.parse_flags([*map(str, FLAGS), *"--beta 0.2 --seed 1 --out out/new --device cpu".split()])
     before = asdict(config)
-    plan = methods.plan(config)
+    runs, results = methods.METHODS["midpo"].prerequisites(config)
+    plan = [*runs, replace(config, **results)]
     assert [(one.out, one.method, one.view) for one in plan] == [
         ("out/new/reward", "reward", "helpful"), ("out/new/cost", "cost", "cost"),
         ("out/new/safety", "spe-dpo", "safety"), ("out/new/helpful", "spe-dpo", "helpful"),
@@ -83,9 +84,9 @@ def test_prerequisites_go_on_and_are_made_again_by_other_settings_unless_these_a
     assert len(runs) == 4 and {(each.resume, each.overwrite) for each in runs} == {(True, overwrite)}
 
 
-def test_a_method_without_prerequisites_is_a_plan_of_one_run(place):
+def test_safedpo_has_no_prerequisites(place):
     config = methods.parse_flags(["--method", "safedpo", "--device", "cpu"])
-    assert methods.plan(config) == [config]
+    assert methods.METHODS["safedpo"].prerequisites(config) == ([], {})
 
 
 # The runs before the routers
