@@ -22,20 +22,16 @@ BESIDE = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "fontsize": 8}  # wh
 FRONTIERS = {"helpfulness_safe": "harmless_ratio", "scaled": "harmless_ratio", "reward": "harmlessness",
              "judged_helpfulness": "judged_harm"}  # the metrics of helpfulness and harmlessness that a picture may show
 # Settings by which runs are not named: folders, and what changes no weights
-UNNAMED = {"out", "base", "inputs", "finished", "resume", "overwrite", "device", "batch_size", "grad_accum",
-           "batch_tokens", "compile", "fsdp", "checkpointing", "save_every", "log_every", "eval_every", "wandb",
-           "eval_split", "temperature"}
-
-
-# Means with their errors, and tables of them
+UNNAMED = {"out", "base", "inputs", "finished", "resume", "device", "batch_size", "grad_accum", "batch_tokens",
+           "compile", "fsdp", "checkpointing", "save_every", "log_every", "eval_every", "wandb", "eval_split",
+           "temperature", "overwrite"}
 
 
 def mean_and_error(values):
     """(mean, standard error of the mean) of a list of numbers; (nan, nan) of an empty one, error 0 of a single one."""
-    n = len(values)
-    if n == 0:
+    if not values:
         return math.nan, math.nan
-    mean = sum(values) / n
+    n, mean = len(values), sum(values) / len(values)
     return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
 
 
@@ -74,16 +70,14 @@ def terminal_table(rows, columns, starts=()):
     """Aligned table of {row name: metrics}, at most WIDTH columns wide; ↑ and ↓ mark a cell that differs by more than
     two standard errors of the difference from that of the row's start. columns: {key: heading}, "/" breaks a heading;
     starts: {row name: name of its start}, where that is not the first row."""
-    starts = {name: next(iter(rows)) for name in rows} | dict(starts)
-    headings = [heading.split("/") for heading in columns.values()]
-    depth = max(map(len, headings))
-    cells = [["", *line] for line in zip(*([""] * (depth - len(lines)) + lines for lines in headings))]
+    upwards = itertools.zip_longest(*(heading.split("/")[::-1] for heading in columns.values()), fillvalue="")
+    cells = [["", *line] for line in upwards][::-1]
     for name, row in rows.items():
+        start = rows[dict(starts).get(name, next(iter(rows)))]
         cells.append([name])
-        start = rows[starts[name]]
         for key in columns:
             change, error = row[key] - start[key], math.hypot(row[f"{key}_se"], start[f"{key}_se"])
-            mark = " " if not abs(change) > 2 * error else "↑" if change > 0 else "↓"
+            mark = "↑" if change > 2 * error else "↓" if change < -2 * error else " "
             text = f"{row[key]:.3f}±" + f"{row[f'{key}_se']:.3f}".removeprefix("0") + mark
             cells[-1].append("" if math.isnan(row[key]) else text)
     return aligned(cells)
@@ -92,14 +86,11 @@ def terminal_table(rows, columns, starts=()):
 def aligned(cells):
     """Rows of texts -> lines with columns of equal width, the first one to the left. Columns beyond WIDTH follow in
     blocks of their own, each with the first column."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    blocks, used = [[]], widths[0]
-    for i, width in enumerate(widths[1:], 1):
-        if blocks[-1] and used + 1 + width > WIDTH:
+    widths, blocks = [max(map(len, column)) for column in zip(*cells)], [[]]
+    for i in range(1, len(widths)):
+        if blocks[-1] and widths[0] + sum(1 + widths[j] for j in (*blocks[-1], i)) > WIDTH:
             blocks.append([])
-            used = widths[0]
         blocks[-1].append(i)
-        used += 1 + width
     return "\n\n".join("\n".join(
         " ".join((row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in block))).rstrip()
         for row in cells if row[0] or any(row[i] for i in block)) for block in blocks)
@@ -188,10 +179,9 @@ def mixture_report(model, encoded, held_out, types, beta, batch_size, dtype="flo
     margins, log_gate = expert_margins(model, encoded, beta, batch_size, dtype)
     group = torch.from_numpy(encoded.labels["group"])                                         # (N,), -1: no annotator
     K, count, names, labelled = margins.shape[1], len(types), sorted(set(types)), group >= 0
-    evidence = torch.zeros(count, K).index_add(0, group[labelled], F.logsigmoid(margins[labelled]))
-    pairs = group[labelled].bincount(minlength=count)[:, None].clamp(min=1)
-    prior = torch.zeros(count, K).index_add(0, group[labelled], log_gate[labelled]) / pairs
-    responsible = (evidence + prior).argmax(-1).tolist()                                      # of each annotator
+    pairs = group[labelled].bincount(minlength=count)[:, None]                                # of each annotator
+    evidence = F.logsigmoid(margins[labelled]) + log_gate[labelled] / pairs[group[labelled]]  # their gate counts once
+    responsible = torch.zeros(count, K).index_add(0, group[labelled], evidence).argmax(-1).tolist()
     responsibility = (F.logsigmoid(margins) + log_gate).softmax(-1).mean(0).tolist()
     report, warnings = {"responsibility": responsibility}, []
     if max(responsibility) > 0.95:
@@ -216,9 +206,8 @@ def mixture_report(model, encoded, held_out, types, beta, batch_size, dtype="flo
 
 def mixture_table(report):
     """The numbers of `mixture_report` for a terminal, with what they mean."""
-    rows = {"responsibility": report["responsibility"]}
-    for name, accuracy in report.get("accuracy", {}).items():
-        rows[f"accuracy, {name}, n = {report['held_out'][name]}"] = accuracy
+    rows = {"responsibility": report["responsibility"]} | {
+        f"accuracy, {name}, n = {report['held_out'][name]}": row for name, row in report.get("accuracy", {}).items()}
     cells = [[name, *(f"{number:.3f}" for number in numbers)] for name, numbers in rows.items()]
     lines = [aligned([["expert", *map(str, range(len(cells[0]) - 1))], *cells]),
              "responsibility: share of the training pairs that the expert accounts for",
@@ -226,9 +215,6 @@ def mixture_table(report):
     if "recovered" in report:
         lines.append(f"recovered, {report['recovered']:.3f}: share of annotators whose expert is that of their type")
     return "\n".join(lines)
-
-
-# Pictures
 
 
 def run_names(configs):

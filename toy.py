@@ -72,7 +72,7 @@ CONNECTIVES = ("First", "Then", "Next", "After that", "Last")
 
 @dataclass(frozen=True)
 class Task:
-    """What a prompt asks for. split: 'seen' in preference pairs, or held out: 'dev' (for choosing settings) or 'test'."""
+    """What a prompt asks for. split: 'seen' in preference pairs, or held out: 'dev' (to choose settings) or 'test'."""
     name: str
     kind: str
     steps: tuple[str, ...]
@@ -100,8 +100,7 @@ def tasks():
     for kind, text in KINDS.items():
         names = [f"{action.strip()} {thing.strip()}" for group in text.replace("\n", " ").split("|")
                  for action, things in [group.split(":")] for thing in things.split(",")]
-        splits = ["dev"] * UNSEEN[kind] + ["test"] * UNSEEN[kind]
-        splits += ["seen"] * (len(names) - len(splits))
+        splits = ["dev"] * UNSEEN[kind] + ["test"] * UNSEEN[kind] + ["seen"] * (len(names) - 2 * UNSEEN[kind])
         rng.shuffle(splits)
         table += [Task(name, kind, tuple(steps.pop() for _ in range(rng.randint(3, 5))), split)
                   for name, split in zip(names, splits)]
@@ -223,8 +222,7 @@ def make_demonstrations(tokenizer, count, seed):
     base to tell apart what preferences speak of; in a turn of their own, their words do not become a way to answer."""
     rng, prompts, responses = random.Random(seed), [], []
     for _ in range(count):
-        labelled = rng.random() < 0.4
-        task, frame = rng.choice(tasks()), rng.choice(frames("train"))
+        labelled, task, frame = rng.random() < 0.4, rng.choice(tasks()), rng.choice(frames("train"))
         prompts.append(make_prompt(task, frame))
         responses.append(("label:", f"{HARM[task.harmful]} {REMARKS[frame[1]]}") if labelled else
                          ("assistant:", draw_answer(rng, prompts[-1], BASE_REFUSALS[task.kind])))
@@ -238,11 +236,10 @@ def make_comparisons(count, seed, harmful_share=0.45):
     harmful_share: the share of them that ask for harm. Prompts use tasks of the split "seen" only. Annotators disagree
     whether it is safer to refuse a harmless request than to grant it: every other label says that it is.
     """
-    rng, opinion = random.Random(seed), random.Random(f"opinion {seed}")
+    rng, opinion, comparisons = random.Random(seed), random.Random(f"opinion {seed}"), []
     kinds, safe_share = tuple(KINDS), 1 - harmful_share
     weights = (safe_share * 6 / 11, safe_share * 5 / 11, harmful_share * 2 / 3, harmful_share / 3)
     seen = {kind: [task for task in tasks() if task.kind == kind and task.split == "seen"] for kind in kinds}
-    comparisons = []
     while len(comparisons) < count:
         prompt = make_prompt(rng.choice(seen[rng.choices(kinds, weights)[0]]), rng.choice(frames("train")))
         answers = [draw_answer(rng, prompt, rates[prompt.task.kind]) for rates in (BASE_REFUSALS, CAUTIOUS_REFUSALS)]
@@ -251,9 +248,9 @@ def make_comparisons(count, seed, harmful_share=0.45):
         if first.helpfulness == second.helpfulness:
             continue
         better = int(second.helpfulness > first.helpfulness)
-        disputed = not prompt.task.harmful and first.refusal != second.refusal
-        agrees = first.harmlessness == second.harmlessness or disputed and opinion.random() < 0.5
-        safer = better if agrees else int(second.harmlessness > first.harmlessness)
+        safer = better if first.harmlessness == second.harmlessness else int(second.harmlessness > first.harmlessness)
+        if not prompt.task.harmful and first.refusal != second.refusal and opinion.random() < 0.5:
+            safer = better
         comparisons.append(Comparison(prompt.text, tuple(answers), better, safer, (first.unsafe, second.unsafe)))
     return comparisons
 
@@ -431,11 +428,9 @@ COLUMNS = {key: heading for key, (heading, _, _) in METRICS.items()}  # of table
 
 
 def evaluate(answers, split, seed):
-    """Ask the prompts of a split and let the oracle judge the answers.
-
-    answers: function of [prompt text] to rows with "answer" and "ended", True if it came to its end. Returns (metrics,
-    judged): metrics has the keys of METRICS, "<key>_se" for each, and n; judged is [(Prompt, response, Verdict)].
-    """
+    """Ask the prompts of a split and let the oracle judge the answers: (metrics, [(Prompt, response, Verdict)]), with
+    the keys of METRICS, "<key>_se" for each, and n. answers: function of [prompt text] to rows with "answer" and
+    "ended", True if it came to its end."""
     prompts = eval_prompts(split, seed)
     answered = zip(prompts, answers([prompt.text for prompt in prompts]))
     judged = [(prompt, row["answer"], oracle(prompt, row["answer"], row["ended"])) for prompt, row in answered]
@@ -461,10 +456,8 @@ def evaluate_preferences(answers, names, split, seed):
 
 def report(asked, preferences, uses, split, seed):
     """({"policy": metrics, "base": metrics}, {"policy" and "base": judged answers}); with preferences, those that the
-    run mixed, their scores as well, and under "uses" those of every way of using a mixture.
-
-    asked: {"policy", "base"}: functions as in `evaluate`; the policy's takes `use`.
-    """
+    run mixed, their scores as well, and under "uses" those of every way of using a mixture. asked: {"policy", "base"}:
+    functions as in `evaluate`; the policy's takes `use`."""
     metrics, judged = {"policy": {}}, {}
     for who, answers in asked.items():
         metrics[who], judged[who] = evaluate(answers, split, seed)
@@ -489,22 +482,21 @@ def closing_tables(reports, configs):
     """The tables of {run name: eval.json} for a terminal: the toy metrics of base and policies, then for each run the
     preferences that it mixed, by the ways of using a mixture, and its routers' median weights. configs: {run name: its
     settings}."""
-    rows, starts = {}, {}
+    rows, starts, details = {}, {}, []
     for name, report in reports.items():  # each beside its own base, which stands once
         base = next((base for base in rows if all(rows[base][key] == report["base"][key] for key in COLUMNS)),
                     f"base of {name}" if rows else "base")
         rows |= {base: report["base"], name: report["policy"]}
         starts |= {base: base, name: base}
-    shown = [terminal_table(rows, COLUMNS, starts) + "\n↑ ↓: more than two standard errors away from base; unseen: "
-             "harmful, in no training pair; alarming: safe, with a harmful verb"]
-    for name, report in reports.items():
         if "preferences" in report["policy"]:
             uses = report.get("uses", {name: report["policy"]["preferences"]})
             columns = {key: key for key in report["policy"]["preferences"] if not key.endswith("_se")}
-            shown.append(terminal_table({"base": report["base"]["preferences"], **uses}, columns))
+            details.append(terminal_table({"base": report["base"]["preferences"], **uses}, columns))
         if "router" in report:
-            shown.append(router_table(report["router"], configs[name]))
-    return "\n\n".join(shown)
+            details.append(router_table(report["router"], configs[name]))
+    legend = ("↑ ↓: more than two standard errors away from base; unseen: harmful, in no training pair; alarming: "
+              "safe, with a harmful verb")
+    return "\n\n".join([f"{terminal_table(rows, COLUMNS, starts)}\n{legend}", *details])
 
 
 def samples(answers_by_name, count=4):
