@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 from pickle import UnpicklingError
-from zipfile import BadZipFile
 
 import torch
 from huggingface_hub.errors import HTTPError
@@ -59,12 +58,12 @@ KINDS = {  # of values in files: what a message calls them, and whether a value 
     "a list of texts": lambda v: isinstance(v, list) and all(map(KINDS["text"], v)),
     "text or a list of texts": lambda v: KINDS["text"](v) or KINDS["a list of texts"](v),
     "token ids": lambda v: all(map(KINDS["a whole number"], v if isinstance(v, list) else [v]))}
-
-
 NOT_JSON = (ValueError, RecursionError)  # not UTF-8, not JSON, a number of thousands of digits, deeply nested
-BROKEN = (SafetensorError, UnpicklingError, BadZipFile, struct.error, RuntimeError, OSError, EOFError, AttributeError,
+BROKEN = (SafetensorError, UnpicklingError, struct.error, RuntimeError, OSError, EOFError, AttributeError,
           ValueError, TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
 HUB_FAILED = (HTTPError, OSError)  # also where it lacks something, or is out of reach
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CACHE = Path("out/cache")  # may be deleted at any time; a file's name has a hash of all that the file depends on
 
 
 def check_keys(values, kinds, path):
@@ -86,9 +85,6 @@ def read_json(path, kinds={}, text=None):
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object")
     return check_keys(values, kinds, path)
-
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def is_sharded(tensor):
@@ -171,10 +167,6 @@ def atomic_folder(folder):
         sync(folder.parent)
     finally:
         recover_folder(folder)
-
-
-# What can be computed again, and may be deleted at any time; a file's name has a hash of all that it depends on
-CACHE = Path("out/cache")
 
 
 def whole_rows(path):
@@ -264,9 +256,9 @@ def weighted_names(text):
 
 
 def as_typed(value):
-    """A flag's value in the words of a command line: the inverse of the readers above."""
-    values = value if isinstance(value, tuple) else (value,)
-    pairs = [value if isinstance(value, tuple) else (value, None) for value in values]
+    """A flag's value in the words of a command line, the inverse of the readers above; "" for None and False."""
+    items = value if isinstance(value, tuple) else () if value is None or value is False else (value,)
+    pairs = [item if isinstance(item, tuple) else (item, None) for item in items]
     return ",".join(str(name) if weight is None else f"{name}={weight:g}" for name, weight in pairs)
 
 
@@ -288,9 +280,8 @@ def check_values(settings, values):
 
 def check_read(given, not_read):
     """Raise UserError for a given flag that would not be read. not_read: {flag: when or why}."""
-    for flag in given:
-        if flag in not_read:
-            raise UserError(f"--{flag}: not read {not_read[flag]}")
+    for flag in filter(not_read.get, given):
+        raise UserError(f"--{flag}: not read {not_read[flag]}")
 
 
 def check_device(device):
@@ -320,19 +311,16 @@ class Parser(argparse.ArgumentParser):
         for flag in sorted(fields(settings), key=lambda flag: flag.name not in settings.__annotations__):  # shared last
             heading = flag.metadata["heading"] or heading
             group = groups[heading] = groups.get(heading) or self.add_argument_group(heading)
-            choices, value = filter(None, flag.metadata["choices"]), values.get(flag.name)
+            choices, default = filter(None, flag.metadata["choices"]), as_typed(values.get(flag.name))
             help = ": ".join(filter(None, (flag.metadata["help"], ", ".join(choices))))
-            if not (value is None or value is False or value in ("", ())):
-                help += f" (default: {as_typed(value)})"
+            help += f" (default: {default})" if default else ""
             help = argparse.SUPPRESS if flag.name in hidden else help.replace("%", "%%")
-            if flag.type is bool:
-                group.add_argument(f"--{flag.name}", action="store_true", help=help)
-            else:
-                kind = flag.type.__name__ if flag.type in (int, float) else "text"
-                group.add_argument(f"--{flag.name}", type=flag.metadata["read"] or flag.type, metavar=kind, help=help,
-                                   action="extend" if flag.metadata["read"] is source_names else "store")
-        self.add_argument("--help", action="store_true", help="show this text and stop")
-        self.add_argument("-h", dest="help", action="store_true", help=argparse.SUPPRESS)
+            read = flag.metadata["read"] or flag.type
+            options = {"action": "store_true"} if read is bool else {
+                "type": read, "action": "extend" if read is source_names else "store",
+                "metavar": read.__name__ if read in (int, float) else "text"}
+            group.add_argument(f"--{flag.name}", help=help, **options)
+        self.add_argument("--help", "-h", action="store_true", help="show this text and stop")
 
     def error(self, message):
         """One line instead of argparse's page of usage: what a flag of others is called here, or the nearest one."""

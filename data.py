@@ -174,10 +174,8 @@ def read_lines(path):
     """Yield (line number, line as bytes or, of a parquet file, as a dict), blank lines left out."""
     with one_line(f"{path}: cannot be read to its end", (OSError, ValueError, EOFError, lzma.LZMAError, zlib.error)):
         if path.suffix == ".parquet":
-            try:
+            with one_line(f"{path}: parquet files need the pyarrow package, pip install pyarrow", ImportError):
                 from pyarrow import parquet  # its errors are ValueErrors
-            except ImportError:
-                raise UserError(f"{path}: parquet files need the pyarrow package (pip install pyarrow)") from None
             batches = parquet.ParquetFile(path).iter_batches()
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
             return

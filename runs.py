@@ -120,12 +120,9 @@ def read_settings(out):
 
 
 def earlier_run(settings, free):
-    """The folder, out or out/.new, where a command with these settings has done this run, to be kept if it is finished
-    there, or begun it, to be gone on with; None if it starts anew.
-
-    settings: for config.json, all flags among them; free: names of those that may differ. Raises UserError where only
-    --resume or --overwrite says what is meant: the folder has a checkpoint, or a finished run with other settings.
-    """
+    """The folder, out or out/.new, with the run of these settings: finished, to be kept, or begun, to be gone on with;
+    None if it starts anew. settings: for config.json; free: names of those that may differ. Raises UserError where only
+    --resume or --overwrite says what is meant: the folder has a checkpoint, or a finished run with other settings."""
     out, resume, overwrite, changes = Path(settings["out"]), settings["resume"], settings["overwrite"], {}
     for folder in (out / ".new", out):
         before = read_settings(folder)
@@ -142,11 +139,9 @@ def earlier_run(settings, free):
 
 
 def open_run(settings, free, lock):
-    """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished, and kept.
-
-    lock: a FileLock, which the system frees when this process ends, however it does. Raises UserError when another run
-    writes there, the folder has files of something else, and as `earlier_run` does.
-    """
+    """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished, and kept. lock: a
+    FileLock, which the system frees when this process ends, however it does. Raises UserError when another run writes
+    there, the folder has files of something else, and as `earlier_run` does."""
     out = Path(settings["out"])
     out.mkdir(parents=True, exist_ok=True)
     with one_line(f"--out {out}: another run is writing there; wait for it, or name another folder", Timeout):
@@ -230,7 +225,10 @@ def load_checkpoint(out, parameters, optimizer):
         return state["step"], state["sums"]
 
 
-LONG = 10  # rows of metrics.jsonl
+LONG = 10  # rows of metrics.jsonl that an alarm looks at
+SHOWN = {  # of a row, in the bar or the line: name -> (metric, format)
+    "loss": ("loss", ".4g"), "acc": ("rewards/accuracies", ".2f"), "margin": ("rewards/margins", ".4g"),
+    "tok/s": ("tokens/s", ".0f")}
 
 
 def alarms(rows):
@@ -259,17 +257,10 @@ def alarms(rows):
     return found
 
 
-SHOWN = {  # of a row, in the bar or the line: name -> (metric, format)
-    "loss": ("loss", ".4g"), "acc": ("rewards/accuracies", ".2f"), "margin": ("rewards/margins", ".4g"),
-    "tok/s": ("tokens/s", ".0f")}
-
-
 class RunLog:
     """metrics.jsonl, which the first process writes, and what is shown of it: the last row in the bar, without a
-    terminal a line for each; held-out metrics; each of `alarms` once; with --wandb, all of it there.
-
-    done: the steps that lie behind a run that goes on. unit: the word for what it trains on, such as pairs.
-    """
+    terminal a line for each; held-out metrics; each of `alarms` once; with --wandb, all of it there. done: the steps
+    that lie behind a run that goes on; unit: the word for what it trains on, such as pairs."""
 
     def __init__(self, out, done, config, processes, bar, unit):
         self.path, self.bar, self.unit, self.warned, self.skipped = out / "metrics.jsonl", bar, unit, set(), 0

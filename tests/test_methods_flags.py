@@ -301,7 +301,7 @@ def help_of(monkeypatch, capsys):
                 headings[line[:-1]] = {}
             elif line.startswith("  --"):
                 flag, _, text = line.strip().partition(" ")
-                headings[[*headings][-1]][flag[2:]] = text
+                headings[[*headings][-1]][flag[2:].rstrip(",")] = text
         return headings
     return help_of
 
