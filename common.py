@@ -183,10 +183,10 @@ def appending(path):
         file.write(text.encode("utf-8", "backslashreplace"))  # which writes a lone surrogate as JSON does
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as file:
-        written = path.read_bytes()
-        file.truncate(written.rfind(b"\n") + 1)
-        yield written.count(b"\n"), append
+    with open(path, "ab", buffering=0) as file, open(path, "rb") as lines:
+        lengths = [len(line) for line in lines if line.endswith(b"\n")]
+        file.truncate(sum(lengths))
+        yield len(lengths), append
 
 
 def hash_bytes(*pieces, size=16):
@@ -245,12 +245,12 @@ def source_names(text):
 
 def weighted_names(text):
     """"help=2,harm" -> (("help", 2.0), ("harm", 1.0)); "help,harm" -> (("help", None), ("harm", None))."""
-    parts = [part.partition("=") for part in text.split(",") if part]
+    pairs = [part.partition("=") for part in text.split(",") if part]
     try:
-        weights = {name: float(weight or 1) if "=" in text else None for name, _, weight in parts}
+        weights = {name: float(weight or 1) if "=" in text else None for name, _, weight in pairs}
     except ValueError:
         weights = {}
-    if len(weights) < len(parts) or not all(weight is None or 0 < weight < math.inf for weight in weights.values()):
+    if len(weights) < len(pairs) or not all(weight is None or 0 < weight < math.inf for weight in weights.values()):
         raise argparse.ArgumentTypeError(f"expected names, each once, with weights of more than 0 or without: {text}")
     return tuple(weights.items())
 

@@ -116,8 +116,7 @@ def parse_hh(row):
     return prompt, tuple(map(str.strip, answers)), labels
 
 
-ASPECTS = {"helpfulness": "helpfulness", "honesty": "honesty", "truthfulness": "truthfulness",
-           "instruction_following": "instruction-following"}  # field: the comparison's group
+ASPECTS = ("helpfulness", "honesty", "truthfulness", "instruction_following")
 
 
 def parse_ultrafeedback(row):
@@ -125,8 +124,8 @@ def parse_ultrafeedback(row):
     six pairs of an aspect would repeat the same texts. Ratings are text, "N/A" where there is none."""
     prompt, completions = get_prompt(row, "instruction"), get(row, "completions", "a list of objects")
     responses, labels = tuple(get(completion, "response", "text") for completion in completions), []
-    for aspect, group in ASPECTS.items():
-        ratings = {}
+    for aspect in ASPECTS:
+        ratings, group = {}, aspect.replace("_", "-")
         for i, completion in enumerate(completions):
             rating = get(get(get(completion, "annotations", "an object"), aspect, "an object"), "Rating", "text")
             if rating.strip().isdecimal() and len(rating) < 10:

@@ -232,29 +232,27 @@ SHOWN = {  # of a row, in the bar or the line: name -> (metric, format)
 
 
 def alarms(rows):
-    """{name: warning}, with what to try, of a training run that goes wrong, by the rows of metrics.jsonl so far."""
+    """Yield (name, warning with what to try) where training goes wrong, by the rows of metrics.jsonl so far."""
     def last(key):
         values = [row[key] for row in rows[-LONG:] if key in row]
         return values if len(values) == LONG else [math.nan]
 
-    found = {}
     chosen, rejected, accuracy = map(last, ("rewards/chosen", "rewards/rejected", "rewards/accuracies"))
     if all(max(values) < -1 and values[-1] < values[0] for values in (chosen, rejected)):
-        found["falling"] = (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower "
-                            "--lr, a higher --beta, fewer --epochs, or --method sft on them first")
+        yield "falling", (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower --lr, "
+                          "a higher --beta, fewer --epochs, or --method sft on them first")
     if len(rows) >= 2 * LONG and abs(sum(accuracy) / LONG - 0.5) < 0.05:
-        found["stuck"] = ("the accuracy stays at 0.5: try a higher --lr; see in tokens.txt what the model reads, and "
-                          "whether the labels contradict each other")
+        yield "stuck", ("the accuracy stays at 0.5: try a higher --lr; see in tokens.txt what the model reads, and "
+                        "whether the labels contradict each other")
     for key in ("router/safety", "router/helpfulness"):
         if max(last(key)) < 0.02:
-            found[key] = f"MidPO's routers have switched off {key[7:]} everywhere: try a lower --router_l1 or --lr"
+            yield key, f"MidPO's routers have switched off {key[7:]} everywhere: try a lower --router_l1 or --lr"
     if min(last("router/empty")) > 0.95:
-        found["empty"] = "PMoL's routers send everything to the empty expert: try a higher --egs_weight or a lower --lr"
+        yield "empty", "PMoL's routers send everything to the empty expert: try a higher --egs_weight or a lower --lr"
     for key in rows[-1]:
         if key.startswith("responsibility/") and min(last(key)) > 0.98 and "responsibility/1" in rows[-1]:
-            found["mixture"] = (f"expert {key[15:]} takes all of the mixture: try --expert_noise 0.1, a higher "
-                                "--q_temperature, or a gate that knows more")
-    return found
+            yield "mixture", (f"expert {key[15:]} takes all of the mixture: try --expert_noise 0.1, a higher "
+                              "--q_temperature, or a gate that knows more")
 
 
 class RunLog:
@@ -304,7 +302,7 @@ class RunLog:
         if count := held_out.pop("eval/n", 0):
             self.say(f"step {row['step']}: {', '.join(f'{name} {held_out[name]:.4g}' for name in held_out)} "
                      f"(n = {count} held-out {self.unit})")
-        for name, warning in alarms(self.rows).items():
+        for name, warning in alarms(self.rows):
             if name not in self.warned:
                 self.say(f"warning, step {row['step']}: {warning}")
             self.warned.add(name)
