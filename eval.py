@@ -13,7 +13,7 @@ import csv
 import json
 import math
 import re
-from collections import ChainMap, Counter
+from collections import ChainMap
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from judges import health, judge_answers, load_scorer, make_pairs, score_answers
 from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
 from methods import SharedFlags
 from model import stream
-from report import (load_pyplot, markdown_table, mean_and_error, plot, router_report, router_table, terminal_table,
+from report import (load_pyplot, markdown_table, means_and_errors, plot, router_report, router_table, terminal_table,
                     win_rate)
 from runs import ALONE, Processes, read_settings
 
@@ -41,12 +41,10 @@ from runs import ALONE, Processes, read_settings
 
 
 def read_prompts(name, count=0, seed=0, held_out=0.02):
-    """[{"prompt", "label", "chosen"}], each prompt once, the first `count` of them (0: all).
-
-    A .txt file has a prompt on each line, a .csv file a column of them, rows of a .jsonl file a "prompt", text or
-    messages; label is "safe", "unsafe" or None. Another name is a preference source: the prompts that it holds out (see
-    `load_comparisons`), with the better response as `chosen`. Raises UserError.
-    """
+    """[{"prompt", "label", "chosen"}], each prompt once, the first `count` of them (0: all). A .txt file has a prompt
+    on each line, a .csv file a column of them, a row of a .jsonl file a "prompt", text or messages; label is "safe",
+    "unsafe" or None. Another name is a preference source: the prompts that it holds out (see `load_comparisons`), with
+    the better response as `chosen`. Raises UserError."""
     path, rows, number = Path(name), [], 0
     if path.suffix not in (".txt", ".csv", ".jsonl"):
         check_source(name)
@@ -107,7 +105,6 @@ def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch
 
     def read():
         return {row["number"]: row for path in folder.glob(f"answers-*-{work}*.jsonl") for row in whole_rows(path)}
-
     done = {i for i in range(len(prompts)) if i % processes.count != processes.rank} | read().keys()
     path = folder / f"answers-{name}-{work}{f'-{processes.rank}' if processes.rank else ''}.jsonl"
     with appending(path) as (_, append):
@@ -115,8 +112,7 @@ def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch
                                        show_progress=processes.rank == 0):
             append(row)
     processes.gather({})  # all of them are done
-    rows = read()
-    return [rows[i] for i in range(len(prompts))]
+    return [row for _, row in sorted(read().items())]
 
 
 # The toy world's table
@@ -124,10 +120,8 @@ def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch
 
 def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static="", preferences=()):
     """Evaluate a policy beside its base; write eval.json and samples.txt into the run folder (eval-dev.json for the
-    development split, eval-static-….json for experts merged at fixed weights).
-
-    preferences: those of the toy world that the run mixed, which are scored as well. Returns (eval.json, samples).
-    """
+    development split, eval-static-….json for experts merged at fixed weights). preferences: of the toy world, those
+    that the run mixed: they are scored as well. Returns (eval.json, samples)."""
     settings = {"seed": seed, "temperature": temperature}
     uses = ("sparse", *map(str, range(count_experts(policy)))) if policy.gate is not None else ()
     answer_by = {"base": partial(kept_answers, base, tokenizer, folder=CACHE, name="toy", **settings),  # for other runs
@@ -164,8 +158,7 @@ def answer_logps(model, tokenizer, prompts, answers, args, processes):
     rendered = list(tokenizer.render_all(row["prompt"] for row in prompts))
     pieces = [ids for prompt, row in zip(tokenizer.encode(rendered), answers) for ids in (prompt, row["ids"])]
     ends = np.cumsum([0, *map(len, pieces)])
-    bounds = np.column_stack([ends[:-1:2], ends[1::2], ends[2::2]])
-    sets = [Encoded(np.concatenate(pieces, dtype=np.int32), bounds)]
+    sets = [Encoded(np.concatenate(pieces, dtype=np.int32), np.column_stack([ends[:-1:2], ends[1::2], ends[2::2]]))]
     if all(row["chosen"] for row in prompts):
         sets.append(encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], longest(model, args.max_len)))
     logps = np.full((2, len(answers)), math.nan)
@@ -190,56 +183,49 @@ COLUMNS = {
     "judged_refusal": ("judge/refused", 0), "refused": ("by rule/refused", 0),
     "refused_safe": ("by rule/refused safe", -1), "refused_unsafe": ("by rule/refused unsafe", 1),
     "kl": ("KL to start/per token", 0), "chosen": ("log-prob/of chosen", 0), "tokens": ("tokens", 0),
-    "unended": ("unended", -1), "repeats": ("repeats", -1),
-}
+    "unended": ("unended", -1), "repeats": ("repeats", -1)}
 
 
-@dataclass
-class Row:
-    """A row of the table: a run, or the model that runs started from."""
-    answers: list         # of `kept_answers`
-    metrics: dict         # those that are log-probs: {metric: (N,) a value for each prompt}
-    start: str = ""       # the row of the model that it started from
-
-
-def make_row(model, tokenizer, prompts, folder, args, processes):
-    """The Row of a model; its answers are kept in the folder."""
+def answer_prompts(model, tokenizer, prompts, folder, args, processes):
+    """(a model's `kept_answers`, metrics by their log-probs: {metric: (N,)})."""
     answers = kept_answers(model, tokenizer, [row["prompt"] for row in prompts], folder, Path(args.prompts).stem,
                            processes, args.batch_size, seed=args.seed, temperature=args.temperature, top_p=args.top_p,
                            use=args.use, users=args.users, max_new_tokens=args.max_new_tokens or 512)
     logps, chosen = answer_logps(model, tokenizer, prompts, answers, args, processes)
-    return Row(answers, {"logps": logps, "chosen": chosen, "kl": np.zeros(len(prompts))})
+    return answers, {"logps": logps, "chosen": chosen, "kl": np.zeros(len(prompts))}
 
 
-def make_rows(runs, prompts, args, processes):
-    """({name: Row} of the models that the runs started from, each followed by its runs; {run: `router_report`}; {run:
-    `gate_report`}). The KL to the start is by the answers' log-ratios. One model is in memory at a time."""
-    run_rows, groups, rows, routers, gates = {}, {}, {}, {}, {}
+def answer_by_all(runs, prompts, args, processes):
+    """({row: answers}, {row: metrics by log-probs}, {row: the row that it started from}, {"routers": {run:
+    `router_report`}, "gates": {run: `gate_report`}}). The rows are the models that the runs started from, each followed
+    by its runs; the KL to the start is by the answers' log-ratios. One model is in memory at a time."""
+    of_runs, groups, reports, answers, metrics, starts = {}, {}, {"routers": {}, "gates": {}}, {}, {}, {}
     for run in runs:
         policy, tokenizer, config = load_policy(run, args.dtype, args.device)
         policy = merge_static(policy, args.static) if args.static else policy
-        row = run_rows[run] = make_row(policy, tokenizer, prompts, run, args, processes)
+        of_runs[run] = answer_prompts(policy, tokenizer, prompts, run, args, processes)
         if is_routed(policy):
             by_label = {}
-            for prompt, answered in zip(prompts, row.answers):
-                by_label.setdefault(prompt["label"] or "all", []).append((answered["prompt"], answered["answer"]))
-            routers[run] = router_report(policy, tokenizer, by_label)
+            for prompt, row in zip(prompts, of_runs[run][0]):
+                by_label.setdefault(prompt["label"] or "all", []).append((row["prompt"], row["answer"]))
+            reports["routers"][run] = router_report(policy, tokenizer, by_label)
         if policy.gate is not None and policy.gate.kind == "user":
-            gates[run] = gate_report(policy)
-            if not any(user.startswith(args.users) for user in gates[run]["users"]):
+            reports["gates"][run] = report = gate_report(policy)
+            if not any(user.startswith(args.users) for user in report["users"]):
                 raise UserError(f"--users {args.users}: {run} has no user whose name begins so")
         start = (config["base"], config["template"], *started_from(config))
         groups.setdefault(start, (tokenizer, config, []))[2].append(run)
         policy = None  # before the next one takes its memory
     for tokenizer, config, members in groups.values():
-        name, model = f"start of {members[0]}" if rows else "start", load_start(config, args.dtype, args.device)
-        rows[name] = make_row(model, tokenizer, prompts, CACHE, args, processes)
+        start, model = f"start of {members[0]}" if answers else "start", load_start(config, args.dtype, args.device)
+        answers[start], metrics[start] = answer_prompts(model, tokenizer, prompts, CACHE, args, processes)
+        starts |= dict.fromkeys([start, *members], start)
         for run in members:
-            row = rows[run] = run_rows[run]
-            logps, _ = answer_logps(model, tokenizer, prompts, row.answers, args, processes)
-            row.start, row.metrics["kl"] = name, row.metrics["logps"] - logps
+            answers[run], metrics[run] = of_runs[run]
+            logps, _ = answer_logps(model, tokenizer, prompts, answers[run], args, processes)
+            metrics[run]["kl"] = metrics[run]["logps"] - logps
         model = None
-    return rows, routers, gates
+    return answers, metrics, starts, reports
 
 
 def evaluate_answers(runs, args):
@@ -267,57 +253,52 @@ def evaluate_answers(runs, args):
     if len(splits) > 1 and not source_files(args.prompts)[1]:
         raise UserError(f"--prompts {args.prompts}: the runs hold out different prompts of it (--seed, --held_out)")
     prompts = read_prompts(args.prompts, args.n, *next(iter(splits), ()))
-    rows, routers, gates = make_rows(runs, prompts, args, processes)
+    answers, by_logps, starts, reports = answer_by_all(runs, prompts, args, processes)
     if processes.rank:
         return
     out = Path((args.out or f"out/eval-{Path(args.prompts).stem}").removesuffix(".md").removesuffix(".json"))
-    answers = {name: row.answers for name, row in rows.items()}
-    judged = [health(prompts, answers), score_answers(answers, baseline, args)]
+    judged = [by_logps, health(prompts, answers), score_answers(answers, baseline, args)]
     try:
         if args.judge:
             metrics, judges["judge"] = judge_answers(answers, baseline, args, out)
             judged.append(metrics)
     finally:  # the table of the other judges is written if this one fails
-        write_table(rows, judged, judges, routers, gates, configs, len(prompts), out, args)
+        write_table(judged, judges, starts, reports, configs, len(prompts), out, args)
 
 
 def averages(metrics):
     """{key of COLUMNS: mean of the values, or share of the wins; key_se: its standard error}, nan without values."""
-    row = {}
-    for key in COLUMNS:
-        average = win_rate if key.startswith("wins_") else mean_and_error
-        row[key], row[f"{key}_se"] = average([float(value) for value in metrics.get(key, ()) if value is not None])
+    row = means_and_errors({key: [v for v in metrics.get(key, ()) if v is not None] for key in COLUMNS})
+    for key in [key for key in metrics if key.startswith("wins_")]:
+        row[key], row[f"{key}_se"] = win_rate(metrics[key])
     return row
 
 
-def write_table(rows, judged, judges, routers, gates, configs, n, out, args):
-    """Print the table on n prompts; write it to out.md, with all settings and the reports of routers and gates to
-    out.json, and with --plot pictures. judged: [{row: metrics}]; judges: {kind: name}; configs: {run: its settings}."""
-    table = {name: averages(ChainMap(row.metrics, *(metrics[name] for metrics in judged)))
-             for name, row in rows.items()}
+def write_table(judged, judges, starts, reports, configs, n, out, args):
+    """Print the table on n prompts; write it to out.md, with all settings and reports to out.json, and with --plot
+    pictures. judged: [{row: metrics}]; judges: {kind: name}; starts, reports: see `answer_by_all`; configs: {run: its
+    settings}."""
+    table = {name: averages(ChainMap(*(metrics[name] for metrics in judged))) for name in starts}
     headings = {key: heading for key, (heading, _) in COLUMNS.items()
                 if any(math.isfinite(row[key]) for row in table.values())}
     baseline = args.baseline or "start"
     wins = f"wins against {baseline}, " * any(key.startswith("wins") for key in headings)
     about = [f"{n} prompts of {args.prompts}, {wins}temperature {args.temperature}, top_p {args.top_p}, "
              f"seed {args.seed}", *(f"{kind}: {judge}" for kind, judge in judges.items())]
-    growth = {run: table[run]["tokens"] / table[rows[run].start]["tokens"] for run in configs}
-    warnings = [f"warning: {run} answers in {times:.1f} times as many tokens as its start; judges may like length"
-                for run, times in growth.items() if times > 1.5]
-    print(terminal_table(table, headings, {name: row.start or name for name, row in rows.items()}),
-          "↑ ↓: more than two standard errors away from the start", *about, *warnings,
-          *(router_table(report, configs[run]) for run, report in routers.items()),
+    warnings = [f"warning: {run} answers in {growth:.1f} times as many tokens as its start; judges may like length"
+                for run in configs if (growth := table[run]["tokens"] / table[starts[run]]["tokens"]) > 1.5]
+    print(terminal_table(table, headings, starts), "↑ ↓: more than two standard errors away from the start", *about,
+          *warnings, *(router_table(report, configs[run]) for run, report in reports["routers"].items()),
           f"written to {out}.md and {out}.json", sep="\n")
     markdown = markdown_table(table, {key: heading.replace("/", " ") for key, heading in headings.items()},
                               {key: better for key, (_, better) in COLUMNS.items() if better})
     write_text(f"{out}.md", "\n".join([markdown, "", *(f"- {line}" for line in about), ""]))
     numbers = {name: {key: None if math.isnan(row[key]) else row[key] for column in headings
                       for key in (column, f"{column}_se")} for name, row in table.items()}
-    report = {"settings": asdict(args), "judges": judges, "baseline": baseline, "rows": numbers, "routers": routers,
-              "gates": gates}
+    report = {"settings": asdict(args), "judges": judges, "baseline": baseline, "rows": numbers, **reports}
     write_text(f"{out}.json", json.dumps(report, indent=2) + "\n")
     if args.plot:
-        plot(table, headings, routers, gates, [*configs], out)
+        plot(table, headings, *reports.values(), [*configs], out)
 
 
 @dataclass(frozen=True)
@@ -387,15 +368,14 @@ def write_pairs(args):
                      max_new_tokens=args.max_new_tokens or 64, batch_size=args.batch_size * args.samples)
     pairs = make_pairs(answers, args.samples, scorers, args.batch_size)
     write_text(args.out, "".join(json.dumps(pair) + "\n" for pair in pairs))
-    of_scorer = Counter(pair["group"] for pair in pairs)
-    print(f"{len(prompts) // args.samples} prompts, {args.samples} responses each; pairs: "
-          + ", ".join(f"{of_scorer[name]} {name}" for name in scorers) + f", in {args.out}")
+    by_scorer = ", ".join(f"{sum(pair['group'] == name for pair in pairs)} {name}" for name in scorers)
+    print(f"{len(prompts) // args.samples} prompts, {args.samples} responses each; pairs: {by_scorer}, in {args.out}")
 
 
 def write_out(args):
     """--merge and --export: what was trained, in formats that other software reads."""
     if not args.out or Path(args.out).exists():
-        raise UserError(f"--out{' ' * bool(args.out)}{args.out}: name a folder that is not there yet")
+        raise UserError(f"--out {args.out or '(none)'}: name a folder that is not there yet")
     policy, tokenizer, config = load_policy(args.merge or args.export, args.dtype, args.device)
     if args.merge:
         template = tokenizer.chat_template if config["template"] not in (None, "chat") else None
@@ -408,11 +388,10 @@ def write_out(args):
 PROGRAMS = {  # flag: (what it asks for, the other flags that are read, besides dtype and device)
     "merge": (write_out, "static out"), "export": (write_out, "out"),
     "make_pairs": (write_pairs, "n out model samples max_new_tokens seed temperature reward_model template "
-                                "score_template max_len batch_size"),
+                   "score_template max_len batch_size"),
     "score": (score_file, "out reward_model cost_model template max_len batch_size skip_bad_rows"),
-    "prompts": (evaluate_answers, "n out max_new_tokens seed temperature top_p use users static baseline scale judge "
-                                  "judge_model judge_dry_run plot reward_model cost_model score_template max_len "
-                                  "batch_size"),
+    "prompts": (evaluate_answers, "n out max_new_tokens seed temperature top_p use users static baseline scale plot "
+                "judge judge_model judge_dry_run reward_model cost_model score_template max_len batch_size"),
     "": (evaluate_runs, "split temperature static plot out")}
 
 

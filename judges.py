@@ -59,8 +59,8 @@ def health(prompts, answers):
         metrics[name] = {"tokens": [len(row["ids"]) for row in rows], "unended": [not row["ended"] for row in rows],
                          "repeats": [repeats(row["ids"]) for row in rows]}
         for label in labels:
-            metrics[name][f"refused_{label}".strip("_")] = [
-                refuses(row["answer"]) if label in ("", prompt["label"]) else None for prompt, row in zip(prompts, rows)]
+            metrics[name][f"refused_{label}".strip("_")] = [refuses(row["answer"]) if label in ("", prompt["label"])
+                                                            else None for prompt, row in zip(prompts, rows)]
     return metrics
 
 
@@ -85,8 +85,7 @@ def score_answers(answers, baseline, args):
             metrics[name] |= {"reward": values} if sign > 0 else {"harmless_ratio": values >= 0, "harmlessness": values}
             if kind == "reward" and ten != zero:
                 metrics[name]["scaled"] = 10 * (values - zero) / (ten - zero)
-            if name != baseline:
-                metrics[name][f"wins_{kind}"] = np.sign(values - scores[baseline])
+            metrics[name][f"wins_{kind}"] = np.sign(values - scores[baseline])  # of the baseline itself all are ties
     return metrics
 
 
@@ -133,9 +132,7 @@ def read_verdict(text, keys):
 class Judge:
     """A model behind an OpenAI-compatible address, asked at temperature 0. Its key comes from JUDGE_API_KEY and stands
     in no file and no message. Verdicts are kept under out/cache by the hash of their request: nothing is asked twice.
-
-    tally: requests, those that were asked now, replies that could not be read, and requests that failed.
-    """
+    tally: requests, those that were asked now, replies that could not be read, and requests that failed."""
     TRIES, PAUSE, AT_ONCE, SECONDS = 6, 1.0, 8, 60
 
     def __init__(self, url, model):
@@ -259,11 +256,9 @@ BLOCK = 256  # rows that are scored and written at a time
 
 
 def score_file(args):
-    """--score: write every row of a preference file with `scores` added: {"reward": [a number for each response], …}.
-
-    Rows keep their order. An interrupted call leaves out.<hash>.partial, with which the next one goes on; the hash of
-    rows, models and settings keeps other scores out of it.
-    """
+    """--score: write the rows of a preference file, in their order, with `scores` added: {"reward": [a number for each
+    response], …}. An interrupted call leaves out.<hash>.partial, with which the next one goes on; the hash of rows,
+    models and settings keeps other scores out of it."""
     path, out, models, tally = Path(args.score), Path(args.out), score_models(args), Counter()
     if not models or not args.out.endswith(".jsonl"):
         raise UserError("--score needs --out FILE.jsonl and at least one of --reward_model and --cost_model")
@@ -307,22 +302,19 @@ def load_scorer(name, args, template):
 
 def make_pairs(answers, samples, scorers, batch_size):
     """Rows of preference data, for each scorer the best against the worst answer to each prompt: {"prompt", "chosen",
-    "rejected", "ended", "group": the scorer, "scores"}; none where all of them score alike.
-
-    answers: rows with "prompt", "answer" and "ended", `samples` together to each prompt; scorers: {name: function of
-    [(prompt, response)] to scores}; batch_size: prompts whose answers are scored at a time.
-    This is the protocol of Mix-DPO's IMDb study (arXiv 2510.08256, Section 5): GPT-2, several rewards, one data set.
-    """
+    "rejected", "ended", "group": the scorer, "scores"}; none where all of them score alike. The protocol of Mix-DPO's
+    IMDb study (arXiv 2510.08256, Section 5): GPT-2, several rewards, one data set. answers: rows with "prompt",
+    "answer" and "ended", `samples` together to each prompt; scorers: {name: function of [(prompt, response)] to
+    scores}; batch_size: prompts whose answers are scored at a time."""
     pairs, batch_size = [], batch_size * samples
     for start in progress(range(0, len(answers), batch_size), desc="pairs", unit="batch"):
-        batch = answers[start:start + batch_size]
+        rows = answers[start:start + batch_size]
         for name, scorer in scorers.items():
-            scores = scorer([(row["prompt"], row["answer"]) for row in batch])
-            for i in range(0, len(batch), samples):
+            scores = scorer([(row["prompt"], row["answer"]) for row in rows])
+            for i in range(0, len(rows), samples):
                 best, worst = (pick(range(i, i + samples), key=scores.__getitem__) for pick in (max, min))
                 if scores[best] > scores[worst]:
-                    pairs.append({"prompt": batch[i]["prompt"], "chosen": batch[best]["answer"],
-                                  "rejected": batch[worst]["answer"],
-                                  "ended": [batch[best]["ended"], batch[worst]["ended"]], "group": name,
-                                  "scores": {name: [scores[best], scores[worst]]}})
+                    pairs.append({"prompt": rows[i]["prompt"], "chosen": rows[best]["answer"],
+                                  "rejected": rows[worst]["answer"], "ended": [rows[k]["ended"] for k in (best, worst)],
+                                  "group": name, "scores": {name: [scores[best], scores[worst]]}})
     return pairs
