@@ -1,4 +1,4 @@
-"""Token ids, packed batches of them, the order and the splits of steps, and log-probabilities.
+"""Token ids, packed batches of them, the order and the passes of training, and log-probabilities.
 
 `encode` tokenises prompts with their responses; both responses to a prompt share one copy of it in a packed row
 (`Encoded`, `pack`, `Batch`); `sequence_logps` gives log π(y|x) of every response.
@@ -11,7 +11,7 @@ import math
 from array import array
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from os.path import commonprefix
 
@@ -20,12 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import DTYPES, UserError, progress
-from model import dense_mask
-from runs import ALONE
+from common import DTYPES, UserError
 
 
-# Token ids, and packed batches of them
+# Token ids
 
 
 @dataclass
@@ -33,8 +31,12 @@ class Encoded:
     """N tokenised prompts, each with R responses, in one flat array.
 
     tokens: (total,) int32. bounds: (N, R + 2): prompt i is tokens[bounds[i, 0]:bounds[i, 1]], its response j
-    is tokens[bounds[i, j + 1]:bounds[i, j + 2]]. labels: name -> (N, …) numbers, such as chosen_unsafe; training adds
-    the reference's log-probs.
+    is tokens[bounds[i, j + 1]:bounds[i, j + 2]]. labels: what losses read, float32 or whole numbers (N, …):
+    - chosen_unsafe, rejected_unsafe, margin (N,): of the Pair, nan where it has none; group (N,): its number in `groups`
+      or -1 for none. All four are of `encode_pairs`.
+    - annotator (N,): which pairs share a latent expert, of a mixture with --latent annotator.
+    - pooled (N, D): the mean hidden state of the prompt, of a mixture with a gate on prompts.
+    - reference (N, R): log π_ref of every response, in nats; (N, R, K) where each expert has a reference.
     """
     tokens: np.ndarray
     bounds: np.ndarray
@@ -49,8 +51,9 @@ class Encoded:
         """(N,) tokens of prompt and responses together."""
         return self.bounds[:, -1] - self.bounds[:, 0]
 
-    def counts(self, indices):
-        """Units that losses are means over: pairs, their tokens, response tokens, and tokens of pairs with a group."""
+    def totals(self, indices):
+        """{unit: how many}, of what losses are means over: pairs, their tokens, response tokens, and tokens of pairs
+        with a group."""
         bounds, group = self.bounds[indices], self.labels.get("group")
         tokens = bounds[:, -1] - bounds[:, 0]
         return {"pairs": len(bounds), "tokens": tokens.sum(), "responses": (bounds[:, -1] - bounds[:, 1]).sum(),
@@ -89,19 +92,19 @@ def encode(tokenizer, prompts, responses, max_len, labels=None, ended=itertools.
     tokens, sizes, cut, (lead, end, end_ids) = array("i"), array("q"), Counter(), tokenizer.turn
     prompts, responses, ended = iter(prompts), iter(responses), iter(ended)
     while chunk := list(itertools.islice(prompts, CHUNK)):
-        rows = [[((lead if text else "") + text, whole) for text, whole in zip(*row)]
+        rows = [[((lead if text else "") + text, complete) for text, complete in zip(*row)]
                 for row in zip(itertools.islice(responses, len(chunk)), ended)]
-        joint = iter(tokenizer.encode([prompt + text + end * whole for prompt, row in zip(chunk, rows)
-                                       for text, whole in row]))
+        joint = iter(tokenizer.encode([prompt + text + end * complete for prompt, row in zip(chunk, rows)
+                                       for text, complete in row]))
         for prompt, row in zip(tokenizer.encode(chunk), rows):
             pieces = [prompt]
-            for text, whole in row:
+            for text, complete in row:
                 ids = next(joint)
                 if ids[:len(prompt)] == prompt:
-                    ids = ids[len(prompt):] + ([] if end or not whole else end_ids)
+                    ids = ids[len(prompt):] + ([] if end or not complete else end_ids)
                 else:
                     cut["responses tokenised apart from their prompt"] += 1
-                    ids = tokenizer.encode([text])[0] + (end_ids if whole else [])
+                    ids = tokenizer.encode([text])[0] + (end_ids if complete else [])
                 pieces.append(ids)
             if len(prompt) + max(map(len, pieces[1:])) > max_len:
                 pieces = shorten(pieces, max_len, tokenizer.frame, cut)
@@ -141,6 +144,9 @@ def show_pair(tokenizer, encoded, index=0):
     return "\n".join(lines)
 
 
+# Packed batches
+
+
 @dataclass
 class Batch:
     """Rows of [prompt response_0 response_1 …], several prompts to a row; built by `pack`.
@@ -157,15 +163,17 @@ class Batch:
     last: torch.Tensor       # (N, R) flat position of each response's last token
     lengths: torch.Tensor    # (N, R) response tokens
     inside: torch.Tensor     # (tokens,) flat positions of what is not padding
-    labels: dict             # name -> (N,)
-    scale: dict              # unit of `Encoded.counts` -> factor of means over it, with which the mean of a step's
+    labels: dict             # name -> (N, …), as in `Encoded`
+    step_factor: dict        # unit of `Encoded.totals` -> factor of means over it, with which the mean of a step's
     #                          batches, weighted by their pairs, is the mean over the step
 
     @property
-    def shape(self):
-        return tuple(self.lengths.shape)
+    def reference(self):
+        """log π_ref of every response: (N, R), or (K, N, R) where each expert has a reference; None without one."""
+        reference = self.labels.get("reference")
+        return reference.movedim(-1, 0) if reference is not None and reference.dim() == 3 else reference
 
-    def visible(self):
+    def mask(self):
         """Function (row, head, query, key): a token sees its own prompt and its own response, up to itself."""
         pair, part = self.pair, self.part
 
@@ -174,28 +182,23 @@ class Batch:
             return (query >= key) & (pair[row, query] == pair[row, key]) & same_part
         return visible
 
-    def mask(self):
-        """`visible`: on a GPU, where FlexAttention is fused, the function itself, elsewhere its (B, T, T) bool."""
-        visible, tokens = self.visible(), self.tokens
-        return visible if tokens.is_cuda else dense_mask(visible, *tokens.shape, tokens.device)
-
     def to(self, device):
         """The batch on a device; a GPU gets it from pinned memory, while it goes on computing."""
-        def moved(values):
-            tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-            if torch.device(device).type == "cuda":
-                tensors = {name: value.pin_memory() for name, value in tensors.items()}
-            return {name: value.to(device, non_blocking=True) for name, value in tensors.items()}
-        return replace(self, **moved(vars(self)), labels=moved(self.labels))
+        def move(value):
+            if isinstance(value, dict):
+                return {name: move(entry) for name, entry in value.items()}
+            if not isinstance(value, torch.Tensor):
+                return value
+            return (value.pin_memory() if torch.device(device).type == "cuda" else value).to(device, non_blocking=True)
+        return Batch(**move(vars(self)))
 
 
 def first_fit(lengths, capacity):
     """Place items into as few rows as first-fit-decreasing finds. Returns [(row, offset)] and the row count."""
     free, places = [], [None] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, space in enumerate(free) if space >= lengths[i]), None)
-        if row is None:
-            row = len(free)
+        row = next((r for r, space in enumerate(free) if space >= lengths[i]), len(free))
+        if row == len(free):
             free.append(capacity)
         places[i] = (row, capacity - free[row])
         free[row] -= lengths[i]
@@ -210,70 +213,98 @@ def row_length(lengths):
     return min(tried, key=lambda T: first_fit(lengths, T)[1] * T * (T + 1000))
 
 
-def pack(encoded, indices, step=None):
+def pack(encoded, indices, step_totals=None):
     """The Batch of the prompts with these indices.
 
-    step: `encoded.counts` of the optimiser step, or the set, that this batch is a part of (default: it is all).
+    step_totals: `encoded.totals` of the optimiser step, or the set, that this batch belongs to (default: it is all).
     """
-    lengths = (encoded.bounds[indices, -1] - encoded.bounds[indices, 0]).tolist()
+    bounds, totals = encoded.bounds[indices], encoded.totals(indices)               # (N, R + 2)
+    sizes, lengths = np.diff(bounds), (bounds[:, -1] - bounds[:, 0]).tolist()       # (N, R + 1)
     T = row_length(lengths)
     places, B = first_fit(lengths, T)
-    R = encoded.bounds.shape[1] - 2
-    tokens, positions, part = (np.zeros((B, T), dtype=np.int64) for _ in range(3))
-    pair = np.full((B, T), -1, dtype=np.int64)
-    last = np.empty((len(indices), R), dtype=np.int64)
-    predictor, target, owner = [], [], []
-    for n, (index, (row, offset)) in enumerate(zip(indices, places)):
-        bounds = encoded.bounds[index] - encoded.bounds[index, 0] + offset
-        start, stop = bounds[0], bounds[-1]
-        prompt_length = bounds[1] - start
-        tokens[row, start:stop] = encoded.tokens[encoded.bounds[index, 0]:encoded.bounds[index, -1]]
-        pair[row, start:stop] = n
-        positions[row, start:bounds[1]] = np.arange(prompt_length)
-        for j in range(R):
-            first, end = bounds[j + 1], bounds[j + 2]
-            part[row, first:end] = j + 1
-            positions[row, first:end] = prompt_length + np.arange(end - first)
-            before = np.arange(first - 1, end - 1)
-            before[:1] = bounds[1] - 1
-            predictor.append(row * T + before)
-            target.append(tokens[row, first:end])
-            owner.append(np.full(end - first, n * R + j))
-            last[n, j] = row * T + (end if end > first else bounds[1]) - 1
-    flat = (torch.from_numpy(np.concatenate(pieces)) for pieces in (predictor, target, owner))
-    here = encoded.counts(indices)
-    step = step or here
+    shift = np.array([row * T + offset for row, offset in places]) - bounds[:, 0]   # (N,) from encoded.tokens to here
+    # Of every token: its pair and part, its place in encoded.tokens, in the batch and in its part
+    n, j = np.repeat(np.indices(sizes.shape).reshape(2, -1), sizes.flatten(), axis=1)
+    source = np.concatenate([np.arange(*ends) for ends in bounds[:, [0, -1]]])
+    at, within, in_response = source + shift[n], source - bounds[n, j], j > 0
+    tokens, positions, pair, part = np.full((4, B * T), [[0], [0], [-1], [0]])
+    tokens[at], pair[at], part[at] = encoded.tokens[source], n, j
+    positions[at] = within + in_response * sizes[n, 0]
+    predictor = np.where(within > 0, at - 1, (shift + bounds[:, 1] - 1)[n])
+    owner = n * (sizes.shape[1] - 1) + j - 1
+    last = shift[:, None] + np.where(sizes[:, 1:] > 0, bounds[:, 2:], bounds[:, 1:2]) - 1
+    step_totals = step_totals or totals
     # PMoL's soft loss is a mean over all tokens in which those without a group count 0
-    scaled = {unit: here["tokens" if unit == "grouped" else unit] for unit in here}
-    return Batch(*map(torch.from_numpy, (tokens, positions, pair, part)), *flat, last=torch.from_numpy(last),
-                 inside=torch.from_numpy(np.flatnonzero(pair >= 0)),
-                 lengths=torch.from_numpy(np.diff(encoded.bounds[indices], axis=1)[:, 1:]),
-                 labels={name: torch.from_numpy(values[indices]) for name, values in encoded.labels.items()},
-                 scale={unit: scaled[unit] / max(1, step[unit]) * (step["pairs"] / here["pairs"]) for unit in here})
+    divisors = {**totals, "grouped": totals["tokens"]}
+    rows = (array.reshape(B, T) for array in (tokens, positions, pair, part))
+    of_responses = (values[in_response] for values in (predictor, tokens[at], owner))
+    arrays = *rows, *of_responses, last, sizes[:, 1:], np.flatnonzero(pair >= 0)
+    return Batch(*map(torch.from_numpy, arrays),
+                 {name: torch.from_numpy(values[indices]) for name, values in encoded.labels.items()},
+                 {unit: divisors[unit] / max(1, step_totals[unit]) * (step_totals["pairs"] / totals["pairs"])
+                  for unit in totals})
+
+
+# Which pairs a batch has
+
+
+def fill(indices, lengths, most_pairs, most_tokens, together=None, at_once=1):
+    """Cut indices, in order, into batches, [index array]: each takes the next pair as long as it then has at most so
+    many pairs and padded tokens; what is more by itself has a batch of its own.
+
+    lengths (count,): tokens of each pair. together (count,): numbers; pairs of the same number are taken as one, in the
+    order of the numbers. at_once: that many batches are filled together, in turn, there and back, and become alike.
+    """
+    def fits(batch):
+        sizes = lengths[batch].tolist()
+        return len(sizes) <= most_pairs and first_fit(sizes, max(sizes))[1] * max(sizes) <= most_tokens
+
+    cuts = np.arange(1, len(indices))
+    if together is not None:
+        indices = indices[np.argsort(together[indices], kind="stable")]
+        cuts = cuts[np.diff(together[indices]) > 0]
+    units = np.split(indices, cuts)
+    full, filling = [], units[:at_once]
+    for start in range(at_once, len(units), at_once):
+        dealt, waiting = units[start:start + at_once], filling[::-1]
+        joined = [np.concatenate(both) for both in zip(waiting, dealt)] + waiting[len(dealt):]
+        if all(map(fits, joined)):
+            filling = joined
+        else:
+            full, filling = full + filling, dealt
+    return full + filling
+
+
+def split_step(indices, passes, lengths, tokens=0, processes=1, annotator=None):
+    """The pairs of an optimiser step in so many forward passes of equal size, [index array].
+
+    tokens: a budget of padded tokens, which only a pair that is longer by itself exceeds; there are then more passes, a
+    multiple of the processes, those of like length at a time. annotator (count,): pairs of the same one stay together,
+    so that passes are of unequal size, and there may be fewer.
+    """
+    if tokens:
+        indices = indices[np.argsort(-lengths[indices], kind="stable")]
+        return fill(indices, lengths, math.ceil(len(indices) / passes), tokens, annotator, processes)
+    if annotator is not None:
+        return fill(indices, lengths, math.inf, math.inf, annotator, passes)
+    return np.array_split(indices, passes)
 
 
 PASS_TOKENS = 1 << 14  # padded tokens of a forward pass without gradients: it bounds their memory
 
 
-def batches(encoded, batch_size, device, longest_first=True, together=None, processes=ALONE):
-    """Yield (indices, Batch) over a whole encoded set, pairs of like length together; of several processes, each gets
-    its share of the batches, equally many: a batch without indices repeats that of another process, and must not count.
-    A batch has batch_size pairs, or fewer where these would take more than PASS_TOKENS.
+def batch_indices(encoded, batch_size, longest_first=True, together=None):
+    """The pairs of an encoded set in batches, [index array], those of like length together: batch_size pairs each, or
+    fewer where these would take more than PASS_TOKENS. together: as in `fill`."""
+    lengths = encoded.lengths()
+    order = np.argsort(-lengths, kind="stable") if longest_first else np.arange(len(encoded))
+    return fill(order, lengths, batch_size, PASS_TOKENS, together)
 
-    together (N,): numbers; pairs with the same number stay in one batch, which may then be larger.
-    """
-    order, lengths, step = np.arange(len(encoded)), encoded.lengths(), encoded.counts(slice(None))
-    if longest_first:
-        order = np.argsort(-lengths, kind="stable")
-    starts = range(0, len(order), batch_size)
-    if together is not None:
-        order = np.argsort(together, kind="stable")
-        first = np.flatnonzero(np.diff(together[order], prepend=-1))  # where another number begins
-        starts = first[np.unique(np.searchsorted(first, np.arange(0, len(order), batch_size)).clip(max=len(first) - 1))]
-    parts = [indices for chunk in np.split(order, list(starts)[1:]) for indices in np.split(chunk, cuts(
-        lengths[chunk], 1, PASS_TOKENS, units=None if together is None else together[chunk]))]
-    for indices, counts in processes.share(parts):
-        yield indices[:len(indices) * counts], pack(encoded, indices, step).to(device)
+
+def batches(encoded, batch_size, device, longest_first=True):
+    """Yield (indices, Batch) of `batch_indices`."""
+    for indices in batch_indices(encoded, batch_size, longest_first):
+        yield indices, pack(encoded, indices).to(device)
 
 
 def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
@@ -297,40 +328,6 @@ def epoch_order(count, epochs, seed, group=None, shares=None, annotator=None):
             order = order[np.argsort(turn[annotator[order]], kind="stable")]
         orders.append(order)
     return np.concatenate(orders)
-
-
-def split_step(indices, parts, annotator=None, lengths=None, tokens=0, multiple=1):
-    """The pairs of an optimiser step in so many forward passes of equal size. With a budget of tokens, there are
-    `multiple` more at a time until each holds at most that, or what the longest pair has. lengths (count,): of the
-    pairs; annotator (count,): one with a latent expert has all pairs of the step in one pass, so there may be fewer
-    passes, of unequal size."""
-    if annotator is not None or tokens:
-        indices = indices[np.argsort((-lengths if annotator is None else annotator)[indices], kind="stable")]
-    sizes = lengths[indices] if tokens else np.ones(len(indices))
-    return np.split(indices, cuts(sizes, parts, tokens, multiple, None if annotator is None else annotator[indices]))
-
-
-def cuts(sizes, parts, tokens=0, multiple=1, units=None):
-    """Where to cut items, in order, into so many parts of about equal size; with a budget of tokens, `multiple` more at
-    a time until no part takes more padded tokens than that, or than the largest unit. units: numbers of the items;
-    neighbours with the same number stay together."""
-    def padded(part):
-        return int(part.max()) * first_fit(part.tolist(), int(part.max()))[1]
-
-    ends = np.flatnonzero(np.append(np.diff(np.arange(len(sizes)) if units is None else units), 1)) + 1  # of the units
-    total = np.cumsum(sizes)[ends - 1]
-    middle = total - np.diff(total, prepend=0) / 2
-    tokens = tokens and max(tokens, *map(padded, np.split(sizes, ends[:-1])))
-    if tokens:  # fewer parts than this can not be enough
-        parts += math.ceil(max(0, total[-1] / tokens - parts) / multiple) * multiple
-    for count in range(min(parts, len(ends)), len(ends) + 1, multiple):
-        cut = np.arange(1, count)
-        before = np.searchsorted(middle, total[-1] * cut / count)  # units before each cut, for equal shares
-        before = cut + np.maximum.accumulate((before - cut).clip(0)).clip(max=len(ends) - count)  # one in each part
-        at = ends[before - 1]
-        if not tokens or all(padded(part) <= tokens for part in np.split(sizes, at)):
-            break
-    return at
 
 
 # Log-probabilities
@@ -374,34 +371,13 @@ def sequence_logps(model, hidden, batch, head=None):
     else:
         compute = partial(checkpoint, token_logps, use_reentrant=False, preserve_rng_state=False)
     pieces = [compute(chunk, target) for chunk, target in zip(states.split(rows), batch.target.split(rows))]
-    sums = torch.zeros(batch.shape, dtype=torch.float32, device=hidden.device)
-    if not pieces:
-        return sums
-    return sums.flatten().index_add(0, batch.owner, torch.cat(pieces)).view(batch.shape)
+    sums = torch.zeros(batch.lengths.numel(), device=hidden.device)
+    return sums.index_add(0, batch.owner, torch.cat(pieces)).view(batch.lengths.shape)
 
 
 def policy_logps(model, batch):
     """log π(y|x) of every response in a packed batch, (N, responses per prompt), by one forward pass."""
     return sequence_logps(model, model(batch.tokens, batch.positions, batch.mask()), batch)
-
-
-def longest(model, tokens=1 << 20):
-    """The smaller of this many tokens and the positions that a model with learned ones has."""
-    return min(tokens, model.config.max_positions) if model.config.learned_positions else tokens
-
-
-@torch.no_grad()
-def response_logps(model, encoded, batch_size, dtype="float32", device="cpu", processes=ALONE):
-    """log π(y|x) of every response of an encoded set: (N, R) float32 on the CPU, in nats."""
-    logps = torch.zeros(len(encoded), encoded.bounds.shape[1] - 2)
-    with progress(desc="log-probs", unit="pair", leave=False, total=len(encoded) // processes.count,
-                  show=processes.rank == 0) as bar:
-        for indices, batch in batches(encoded, batch_size, device, processes=processes):
-            with precision(dtype, device):
-                logps[indices] = policy_logps(model, batch)[:len(indices)].cpu()
-            bar.update(len(indices))
-    processes.add([logps])
-    return logps
 
 
 @torch.no_grad()
@@ -410,7 +386,8 @@ def score(model, tokenizer, texts, max_len=2048, batch_size=16, device="cpu"):
     if not texts:
         return []
     prompts = tokenizer.render_all(prompt for prompt, _ in texts)
-    encoded = encode(tokenizer, prompts, [(response,) for _, response in texts], longest(model, max_len))
+    encoded = encode(tokenizer, prompts, [(response,) for _, response in texts],
+                     min(max_len, model.config.max_positions))
     scores = np.empty(len(texts))
     for indices, batch in batches(encoded, batch_size, device):
         scores[indices] = model(batch.tokens, batch.last[:, 0], batch.positions, batch.mask()).cpu()

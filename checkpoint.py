@@ -17,12 +17,12 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from batch import response_logps
+from batch import batch_indices, pack, policy_logps, precision
 from chat import Tokenizer
 from common import (BROKEN, CACHE, DTYPES, HUB_FAILED, UserError, atomic_file, atomic_folder, check_keys, content_hash,
-                    gathered, hash_bytes, one_line, read_json, shard_like)
-from lora_moe import (GATES, ConstantRouter, Gate, add_experts, count_experts, expert_layers, gate_report, is_mixture,
-                      is_routed, matches, merge_experts, select_modules, wrap_linear)
+                    gathered, hash_bytes, one_line, progress, read_json, shard_like)
+from lora_moe import (GATES, ConstantRouter, Gate, add_experts, count_experts, expert_layers, gate_of, gate_report,
+                      is_mixture, is_routed, matches, merge_experts, select_modules, wrap_linear)
 from model import CONFIG_KEYS, FAMILIES, ModelConfig, ScoreModel, Transformer, as_ids
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -441,7 +441,7 @@ def save_experts(model, folder, write=True):
     first = next(iter(layers.values()))
     config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
               "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
-              "gate": model.gate and model.gate.spec}
+              "gate": gate_of(model) and gate_of(model).spec}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
     if not write:
         return
@@ -477,7 +477,7 @@ def load_experts(model, folder):
 def export_experts(model, folder, template=None):
     """Write a mixture as one PEFT adapter for each expert, expert-0 …, and `gate_report` in gate.json, for servers of
     many adapters. Raises UserError for routers, whose weights differ from token to token."""
-    if model.gate is None:
+    if gate_of(model) is None:
         raise UserError("--export: only mix-dpo and moe-dpo have experts that are whole policies; MidPO and PMoL route "
                         "every token, which no adapter format describes; a single adapter is in PEFT's format already")
     gate = gate_report(model)
@@ -493,7 +493,7 @@ def save_trained(model, out, template=None, chat_template=None, write=True):
     processes call it, and one has to write."""
     if isinstance(model, ScoreModel) or not count_experts(model):
         save_model(merge_experts(model), out / "model", chat_template, write)
-    elif count_experts(model) == 1 and not is_routed(model) and model.gate is None:
+    elif count_experts(model) == 1 and not is_routed(model) and gate_of(model) is None:
         save_adapter(model, out / "adapter", template, write=write)
     else:
         save_experts(model, out / "experts", write)
@@ -549,11 +549,27 @@ def weights_hash(model):
     return content_hash(model.config, settings, list(tensors), *tensors.values())
 
 
+@torch.no_grad()
+def response_logps(model, encoded, batch_size, dtype, device, processes):
+    """log π(y|x) of every response of an encoded set: (N, R) float32 on the CPU, in nats."""
+    logps = torch.zeros(len(encoded), encoded.bounds.shape[1] - 2)
+    with progress(desc="log-probs", unit="pair", leave=False, total=len(encoded) // processes.count,
+                  show=processes.rank == 0) as bar:
+        for indices, counted in processes.split(batch_indices(encoded, batch_size)):
+            with precision(dtype, device):
+                batch_logps = policy_logps(model, pack(encoded, indices).to(device)).cpu()
+            if counted:
+                logps[indices] = batch_logps
+                bar.update(len(indices))
+    processes.all_reduce([logps])
+    return logps
+
+
 def cached_logps(model, encoded, dtype, device, processes):
     """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
     in use, tokens and precision. Every run that needs the same finds them."""
     path = CACHE / f"logps-{content_hash(dtype, weights_hash(model), encoded.tokens, encoded.bounds)}.safetensors"
-    if processes.once(path.is_file):
+    if processes.run_once(path.is_file):
         return load_file(path)["logps"]
     logps = response_logps(model, encoded, LOGPS_BATCH, dtype, device, processes)
     if processes.rank == 0:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import toy
-from batch import Encoded, encode, longest
+from batch import Encoded, encode
 from checkpoint import (cached_logps, export_experts, find_folder, load_policy, load_start, load_with_tokenizer,
                         read_config, save_model, started_from, weights_hash)
 from common import (CACHE, DTYPES, Parser, UserError, appending, as_command, check_device, check_read, check_values,
@@ -29,7 +29,8 @@ from common import (CACHE, DTYPES, Parser, UserError, appending, as_command, che
                     whole_rows, write_text)
 from data import check_source, get_prompt, load_sources, parse_line, read_lines, source_files
 from judges import health, judge_answers, load_scorer, make_pairs, score_answers, score_file, score_models
-from lora_moe import choose_experts, count_experts, gate_report, is_routed, merge_experts, set_routers, use_expert
+from lora_moe import (choose_experts, count_experts, gate_of, gate_report, is_routed, merge_experts, set_routers,
+                      use_expert)
 from methods import SharedFlags
 from model import stream
 from report import (load_pyplot, markdown_table, means_and_errors, plot, router_report, router_table, terminal_table,
@@ -83,7 +84,7 @@ def answers_as_they_end(model, tokenizer, prompts, seed, temperature, top_p=1.0,
     if not left:
         return
     rendered = list(tokenizer.render_all(prompts))
-    experts = choose_experts(model, tokenizer, rendered, use, users, seed)[left] if model.gate is not None else None
+    experts = choose_experts(model, tokenizer, rendered, use, users, seed)[left] if gate_of(model) else None
     tokens, stops = tokenizer.encode([rendered[i] for i in left]), {*tokenizer.stop_ids, *model.config.eos_ids}
     prepare = None if experts is None else lambda numbers: use_expert(model, experts[numbers])
     answers = stream(model, tokens, max_new_tokens, batch_size or len(left), temperature, top_p, stops, seed, prepare)
@@ -123,7 +124,7 @@ def evaluate_run(policy, base, tokenizer, out, split, seed, temperature, static=
     development split, eval-static-….json for experts merged at fixed weights). preferences: of the toy world, those
     that the run mixed: they are scored as well. Returns (eval.json, samples)."""
     settings = {"seed": seed, "temperature": temperature}
-    uses = ("sparse", *map(str, range(count_experts(policy)))) if policy.gate is not None else ()
+    uses = ("sparse", *map(str, range(count_experts(policy)))) if gate_of(policy) else ()
     answer_by = {"base": partial(kept_answers, base, tokenizer, folder=CACHE, name="toy", **settings),  # for other runs
                  "policy": partial(answer, policy, tokenizer, **settings)}
     report, answers = toy.report(answer_by, preferences, uses, split, seed)
@@ -142,7 +143,6 @@ def merge_static(policy, weights):
     count = count_experts(policy)
     if not weights and (is_routed(policy) or count > 1):
         raise UserError("--merge: a plain checkpoint has no routers or gate; --static 0.5,0.5 merges at fixed weights")
-    policy.gate = None
     if weights:
         with one_line(f"--static {weights}: expected numbers with commas", ValueError):
             values = [float(weight) for weight in weights.split(",")]
@@ -160,9 +160,9 @@ def answer_logps(model, tokenizer, prompts, answers, args, processes):
     ends = np.cumsum([0, *map(len, pieces)])
     sets = [Encoded(np.concatenate(pieces, dtype=np.int32), np.column_stack([ends[:-1:2], ends[1::2], ends[2::2]]))]
     if all(row["chosen"] for row in prompts):
-        sets.append(encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], longest(model, args.max_len)))
+        sets.append(encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], min(args.max_len, model.config.max_positions)))
     logps = np.full((2, len(answers)), math.nan)
-    for k in sorted({row["expert"] for row in answers}) if model.gate is not None else (None,):
+    for k in sorted({row["expert"] for row in answers}) if gate_of(model) else (None,):
         if k is not None:
             use_expert(model, k)
         answered = [k in (None, row["expert"]) for row in answers]
@@ -209,7 +209,7 @@ def answer_by_all(runs, prompts, args, processes):
             for prompt, row in zip(prompts, of_runs[run][0]):
                 by_label.setdefault(prompt["label"] or "all", []).append((row["prompt"], row["answer"]))
             reports["routers"][run] = router_report(policy, tokenizer, by_label)
-        if policy.gate is not None and policy.gate.kind == "user":
+        if gate_of(policy) and policy.gate.kind == "user":
             reports["gates"][run] = report = gate_report(policy)
             if not any(user.startswith(args.users) for user in report["users"]):
                 raise UserError(f"--users {args.users}: {run} has no user whose name begins so")
@@ -345,7 +345,7 @@ def evaluate_runs(runs, args):
         reports[name], _ = evaluate_run(policy, start, tokenizer, run, args.split, config["seed"], args.temperature,
                                         args.static, preferences)
         configs[name] = config
-        if policy.gate is not None and policy.gate.kind == "user":
+        if gate_of(policy) and policy.gate.kind == "user":
             gates[run] = gate_report(policy)
     print(toy.closing_tables(reports, configs))
     if args.plot:

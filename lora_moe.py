@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from batch import batches, encode, longest, sequence_logps
+from batch import batches, encode, sequence_logps
 from common import UserError, gathered, one_line, shard_like
 
 
@@ -300,6 +300,11 @@ def add_gate(model, gate, groups=()):
     return model
 
 
+def gate_of(model):
+    """The gate of a mixture, None of another model."""
+    return getattr(model, "gate", None)
+
+
 def select_modules(targets, names, where="lora_targets"):
     """The names that `targets` selects: "mlp", or PEFT's rules. Raises UserError when a target selects nothing."""
     if targets == "all-linear":
@@ -366,7 +371,7 @@ def expert_logps(model, batch):
 def mixture_logps(model, batch):
     """Log-probs of every expert, (K, N, R), and the gate's log w, (N, K)."""
     log_gate = model.gate(batch.labels.get("pooled"), batch.labels["group"])
-    return expert_logps(model, batch), log_gate.expand(batch.shape[0], -1)
+    return expert_logps(model, batch), log_gate.expand(len(batch.lengths), -1)
 
 
 @contextmanager
@@ -408,7 +413,7 @@ def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
     numbers = [i for i, name in enumerate(model.gate.spec["groups"]) if users and name.startswith(users)] or [-1]
     device, pooled = model.gate.bias.device, None
     if model.gate.kind == "prompt":
-        encoded = encode(tokenizer, prompts, [("",)] * len(prompts), longest(model))
+        encoded = encode(tokenizer, prompts, [("",)] * len(prompts), model.config.max_positions)
         pooled = torch.from_numpy(pooled_states(model, encoded)).to(device)
     user = torch.tensor([numbers[i % len(numbers)] for i in range(len(prompts))], device=device)
     with torch.no_grad():
@@ -425,7 +430,9 @@ def trainable_parameters(model):
 
 @torch.no_grad()
 def merge_experts(model):
-    """Add the experts, at constant weights, to the base weights. Returns the model, now a plain one."""
+    """Add the experts, at constant weights, to the base weights. Returns the model, now a plain one, without a gate."""
+    if gate_of(model):
+        del model.gate
     for name, layer in expert_layers(model).items():
         if name == "lm_head" and model.config.tied:  # the embedding does not change, so they are tied no longer
             layer.base.weight = nn.Parameter(layer.base.weight.clone())

@@ -1,20 +1,21 @@
-"""Preference losses as pure functions of log-probabilities, and what computes those: packed batches of token ids.
+"""Every loss as a pure function of log-probabilities, scores or router weights.
 
-Every loss takes tensors of shape (N,), one entry per pair, in nats, float32, and returns (mean loss, metrics): metrics
-is a dict of detached means under the names that TRL logs. With the implicit reward r(x, y) = beta · (log π(y|x) −
-log π_ref(y|x)), DPO, SafeDPO and SPE-DPO are −log σ(r_chosen − r_rejected − offset) and differ in the offset alone.
-Below the losses, `encode` tokenises prompts with their responses; both responses to a prompt share one copy of it in a
-packed row (`Encoded`, `pack`, `Batch`); `sequence_logps` gives log π(y|x) of every response. Then come what several
-processes share, diagnostics, tables, and the sandbox of chat templates.
+Losses of pairs take float32 tensors of shape (N,), one entry per pair, log-probs in nats, and return (mean loss,
+metrics): metrics is a dict of detached means under the names that TRL logs. With the implicit reward r(x, y) = beta ·
+(log π(y|x) − log π_ref(y|x)), DPO, SafeDPO and SPE-DPO are −log σ(r(x, chosen) − r(x, rejected) − offset) and differ in
+the offset alone.
 
-Letters in shape comments: N pairs, R responses per prompt, B rows, T tokens per row, M response tokens in the batch,
-D width, V vocabulary.
+Letters in shape comments: N pairs, K experts, L wrapped layers, G groups of preferences.
 """
 import torch
 import torch.nn.functional as F
 
 
-# Losses
+def implicit_rewards(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
+    """(r(x, chosen), r(x, rejected), their difference Δr), with r(x, y) = beta · (log π(y|x) − log π_ref(y|x))."""
+    reward_chosen = beta * (policy_chosen - ref_chosen)
+    reward_rejected = beta * (policy_rejected - ref_rejected)
+    return reward_chosen, reward_rejected, reward_chosen - reward_rejected
 
 
 def preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, offset, label_smoothing=0.0):
@@ -22,18 +23,15 @@ def preference_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, be
 
     The common part of DPO, SafeDPO and SPE-DPO. offset: (N,) or a number, in units of reward.
     """
-    reward_chosen = beta * (policy_chosen - ref_chosen)
-    reward_rejected = beta * (policy_rejected - ref_rejected)
-    margin = reward_chosen - reward_rejected
-    logit = margin - offset
+    reward_chosen, reward_rejected, reward_margin = implicit_rewards(policy_chosen, policy_rejected, ref_chosen,
+                                                                     ref_rejected, beta)
+    logit = reward_margin - offset
     loss = -(1 - label_smoothing) * F.logsigmoid(logit)
     if label_smoothing:
         loss = loss - label_smoothing * F.logsigmoid(-logit)
-    metrics = {
-        "rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected, "rewards/margins": margin,
-        "rewards/accuracies": (margin > 0).float(),
-        "logps/chosen": policy_chosen, "logps/rejected": policy_rejected,
-    }
+    metrics = {"rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected, "rewards/margins": reward_margin,
+               "rewards/accuracies": (reward_margin > 0).float(),
+               "logps/chosen": policy_chosen, "logps/rejected": policy_rejected}
     return loss.mean(), {name: value.detach().mean() for name, value in metrics.items()}
 
 
@@ -103,8 +101,8 @@ def expert_group_soft_loss(router_weights, group, target):
 def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", annotator=None, q_temperature=1.0):
     """Mix-/MoE-DPO: a mixture of Bradley–Terry models, p = Σ_k w_k σ(Δr_k) (arXiv 2510.08256, Section 3).
 
-    policy_logps, ref_logps: (K, N, 2), chosen and rejected, each expert against its own reference; log_gate: (N, K),
-    log w(x). With Δr_k = beta · (log-ratio of chosen − log-ratio of rejected), the loss per pair is, by objective:
+    policy_logps: (K, N, 2), chosen and rejected; ref_logps: the same, each expert against its own reference, or (N, 2),
+    one for all; log_gate: (N, K), log w(x). With Δr_k of `implicit_rewards`, the loss per pair is, by objective:
     - "elbo": −Σ_k q_k [log σ(Δr_k) + log w_k − log q_k], q_k ∝ w_k σ(Δr_k) without gradient (the E-step). Its value
       and its gradients are those of −log p. q_temperature T ≠ 1 tempers the E-step, q^(1/T): the bound is then loose.
     - "weights": −Σ_k w_k log σ(Δr_k), the form in the paper's poster; by Jensen's inequality an upper bound on −log p.
@@ -112,9 +110,9 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
     of the gate's log w over them, renormalised. None: each pair has a latent expert of its own.
     Returns (loss, metrics).
     """
-    ratios = beta * (policy_logps - ref_logps)
-    margins = (ratios[..., 0] - ratios[..., 1]).T                             # (N, K)
-    fit = F.logsigmoid(margins)
+    *_, reward_margin = implicit_rewards(*policy_logps.unbind(-1), *ref_logps.unbind(-1), beta)
+    reward_margin = reward_margin.T                                           # (N, K)
+    fit = F.logsigmoid(reward_margin)
     if objective == "weights":
         loss, q = -(log_gate.exp() * fit).sum(-1), (log_gate + fit).detach().softmax(-1)
     else:
@@ -126,12 +124,12 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
         log_q = ((prior + evidence).detach() / q_temperature).log_softmax(-1)
         q = log_q.exp()
         loss = (q * (log_q - prior - evidence) / count).sum(-1)               # annotators add up over their pairs
-    gate = log_gate.detach().exp()
+    gate, reward_margin = log_gate.detach().exp(), reward_margin.detach()
     likelihood = (log_gate + fit).detach().logsumexp(-1)
-    metrics = {"log_likelihood": likelihood.mean(), "rewards/margins": (gate * margins.detach()).sum(-1).mean(),
-               "rewards/accuracies": ((gate * margins.detach().sigmoid()).sum(-1) > 0.5).float().mean(),
-               **{f"responsibility/{k}": share for k, share in enumerate(q.mean(0))},
-               **{f"gate/{k}": share for k, share in enumerate(gate.mean(0))}}
+    metrics = {"log_likelihood": likelihood.mean(), "rewards/margins": (gate * reward_margin).sum(-1).mean(),
+               "rewards/accuracies": ((gate * reward_margin.sigmoid()).sum(-1) > 0.5).float().mean(),
+               **{f"responsibility/{k}": mean for k, mean in enumerate(q.mean(0))},
+               **{f"gate/{k}": mean for k, mean in enumerate(gate.mean(0))}}
     return loss.mean(), metrics
 
 

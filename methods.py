@@ -85,16 +85,16 @@ PREFERENCE = ("beta", "label_smoothing")
 
 def sft(model, batch, config):
     loss, metrics = losses.sft_loss(policy_logps(model, batch)[:, 0], batch.lengths[:, 0])
-    return loss * batch.scale["responses"], {"logps/chosen": metrics["logps/chosen"]}
+    return loss * batch.step_factor["responses"], {"logps/chosen": metrics["logps/chosen"]}
 
 
 def dpo(model, batch, config):
-    logps, reference = policy_logps(model, batch), batch.labels["reference"]            # (N, 2) each
+    logps, reference = policy_logps(model, batch), batch.reference                      # (N, 2) each
     return losses.dpo_loss(*logps.T, *reference.T, config.beta, config.label_smoothing)
 
 
 def safedpo(model, batch, config):
-    logps, reference = policy_logps(model, batch), batch.labels["reference"]            # (N, 2) each
+    logps, reference = policy_logps(model, batch), batch.reference                      # (N, 2) each
     return losses.safedpo_loss(*logps.T, *reference.T, batch.labels["chosen_unsafe"], batch.labels["rejected_unsafe"],
                                config.beta, config.delta, config.label_smoothing)
 
@@ -113,7 +113,7 @@ METHODS["safedpo"] = Method("safedpo", safedpo, reads=("init_adapter", *PREFEREN
 
 def response_scores(model, batch):
     """(N, R) scores of a packed batch, each read at its response's last token."""
-    return model(batch.tokens, batch.last.flatten(), batch.positions, batch.mask()).view(batch.shape)
+    return model(batch.tokens, batch.last.flatten(), batch.positions, batch.mask()).view(batch.lengths.shape)
 
 
 def build_score_model(config, model, groups):
@@ -149,7 +149,7 @@ METHODS["cost"] = Method("cost", cost, **SCORE_MODEL, labels=("chosen_unsafe", "
 
 
 def spe_dpo(model, batch, config):
-    logps, reference = policy_logps(model, batch), batch.labels["reference"]            # (N, 2) each
+    logps, reference = policy_logps(model, batch), batch.reference                      # (N, 2) each
     return losses.spe_dpo_loss(*logps.T, *reference.T, batch.labels["margin"], config.beta, config.label_smoothing)
 
 
@@ -162,7 +162,7 @@ def build_midpo(config, model, groups):
 def midpo(model, batch, config):
     loss, metrics = dpo(model, batch, config)
     safety, helpfulness = router_weights(model, batch.inside).unbind(-1)       # of that pass, (L, tokens) each
-    scale = batch.scale["tokens"]
+    scale = batch.step_factor["tokens"]
     l1 = losses.router_l1(safety, helpfulness) * scale
     return loss + config.router_l1 * l1, {**metrics, "router/l1": l1.detach(),
                                           "router/safety": safety.detach().mean() * scale,
@@ -237,8 +237,8 @@ def pmol(model, batch, config):
     weights = router_weights(model, batch.inside)                                   # of that pass, (L, tokens, K + 1)
     group = batch.labels["group"][batch.pair.flatten()[batch.inside]]                   # (tokens,); -1: no preference
     target = soft_targets(config, weights.device)
-    soft = losses.expert_group_soft_loss(weights, group, target) * batch.scale["grouped"]
-    weights, scale = weights.detach(), batch.scale["tokens"]
+    soft = losses.expert_group_soft_loss(weights, group, target) * batch.step_factor["grouped"]
+    weights, scale = weights.detach(), batch.step_factor["tokens"]
     return loss + config.egs_weight * soft, {
         **metrics, "router/soft_loss": soft.detach(),
         "router/empty": (1 - weights[..., :config.experts].sum(-1).mean()) * scale,
@@ -276,10 +276,9 @@ def build_mixture(config, model, groups):
 
 
 def moe_dpo(model, batch, config):
-    (logps, log_gate), reference = mixture_logps(model, batch), batch.labels["reference"]
-    reference = reference.permute(2, 0, 1) if reference.dim() == 3 else reference.expand_as(logps)  # (K, N, 2)
+    logps, log_gate = mixture_logps(model, batch)
     with torch.autocast(logps.device.type, enabled=False):  # sums over an annotator's pairs are a product
-        return losses.moe_dpo_loss(logps, reference, log_gate, config.beta, config.objective,
+        return losses.moe_dpo_loss(logps, batch.reference, log_gate, config.beta, config.objective,
                                    batch.labels.get("annotator"), config.q_temperature[0])
 
 

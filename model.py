@@ -1,9 +1,9 @@
-"""A decoder-only transformer that loads, runs and saves Hugging Face checkpoints.
+"""A decoder-only transformer, its cache and generation, and a score model on the same trunk.
 
 One class serves seven families (llama, mistral, qwen2, qwen3, gemma, gemma2, gpt2): they differ in a dozen switches,
-all in ModelConfig. Module and parameter names are Hugging Face's; only GPT-2's are renamed, in `stored_name`.
+all in ModelConfig. Module and parameter names are Hugging Face's; those of a GPT-2 are a llama's.
 
-Read in this order: ModelConfig, the layers, Transformer, ScoreModel, generate, then loading and saving.
+Read in this order: ModelConfig, the layers, Trunk, Transformer, ScoreModel, generate.
 Letters in shape comments: B rows, T tokens per row, S keys, D width, V vocabulary, H heads, C head width.
 """
 import math
@@ -51,7 +51,7 @@ NULL_IS_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapp
 class ModelConfig:
     """The switches that tell one family from another, read from a Hugging Face config.json.
 
-    `hf` keeps the dictionary it was read from; that is what `save_pretrained` writes back.
+    `hf` keeps the dictionary it was read from; a saved model's config.json has it again.
     """
     model_type: str
     vocab_size: int
@@ -61,7 +61,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_positions: int
+    max_positions: float             # of a table of learned positions; RoPE has no last one
     norm_eps: float
     activation: str = "silu"
     rope_theta: float = 10000.0
@@ -131,7 +131,7 @@ class ModelConfig:
             intermediate_size=c["intermediate_size"], num_layers=c["num_hidden_layers"], num_heads=heads,
             num_kv_heads=c.get("num_key_value_heads", heads),
             head_dim=c.get("head_dim", 256 if gemma else 128 if kind == "qwen3" else c["hidden_size"] // heads),
-            max_positions=c.get("max_position_embeddings", 2048), norm_eps=c.get("rms_norm_eps", 1e-6),
+            max_positions=math.inf, norm_eps=c.get("rms_norm_eps", 1e-6),
             activation="gelu_pytorch_tanh" if gemma else "silu",
             rope_theta=float(rope.get("rope_theta") or c.get("rope_theta", 10000.0)),
             tied=c.get("tie_word_embeddings", gemma), qkv_bias=kind == "qwen2" or bias, o_bias=bias,
@@ -251,24 +251,29 @@ class KVCache:
         self.lengths, self.rows = [self.lengths[row] for row in rows], [*range(len(rows))]
 
 
-def dense_mask(visible, B, T, device):
-    """(B, T, T) bool of visible(row, head, query, key): whether in this row a query token may look at a key token."""
-    row, query, key = (torch.arange(size, device=device) for size in (B, T, T))
-    return visible(row[:, None, None], None, query[:, None], key)
+def dense_mask(visible, B, T, S, device):
+    """(B, 1, T, S) bool of visible(row, head, query, key): whether in a row a query token may look at a key token."""
+    row, query, key = (torch.arange(size, device=device) for size in (B, T, S))
+    return visible(row[:, None, None], None, query[:, None], key)[:, None]
 
 
-def within(window, visible, positions):
-    """`visible`, cut to keys that are less than `window` positions back."""
-    start = positions - window  # (B, T): kernels that capture tensors alone serve every window
-    return lambda row, head, query, key: visible(row, head, query, key) & (positions[row, key] > start[row, query])
+def within(window, visible, positions, keys):
+    """`visible`, cut to keys that are less than `window` positions back. positions: (B, T); keys: theirs, (B, S)."""
+    start = positions - window  # kernels that capture tensors alone serve every window
+    return lambda row, head, query, key: visible(row, head, query, key) & (keys[row, key] > start[row, query])
 
 
 def compile_once(function, **options):
     """torch.compile for all sizes of its tensors: once for a single row and once for more of them."""
     torch._dynamo.config.specialize_float = True             # numbers are constants of the kernels
     torch.fx.experimental._config.use_duck_shape = False     # sizes that are equal today may differ tomorrow
-    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True  # an ExpertLinear keeps router weights
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True  # layers may keep what they computed
     return torch.compile(function, dynamic=True, **options)
+
+
+def flex_is_fused(config, device):
+    """True if FlexAttention has a kernel there; elsewhere a dense mask takes less time and memory."""
+    return device.type == "cuda" and config.head_dim >= 16
 
 
 @cache
@@ -294,12 +299,11 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache):
         config = self.config
         B, T, _ = x.shape
-        query = self.q_proj(x).view(B, T, config.num_heads, config.head_dim)
-        key = self.k_proj(x).view(B, T, config.num_kv_heads, config.head_dim)
-        value = self.v_proj(x).view(B, T, config.num_kv_heads, config.head_dim).transpose(1, 2)
+        query, key, value = (project(x).view(B, T, -1, config.head_dim)
+                             for project in (self.q_proj, self.k_proj, self.v_proj))
         if config.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)              # (B, H, T, C)
+        query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))         # (B, H, T, C)
         if rope is not None:
             query, key = rotate(query, *rope), rotate(key, *rope)
         if cache is not None:
@@ -314,24 +318,18 @@ class Attention(nn.Module):
             flex = fused_flex_attention() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
             return flex(query.to(value.dtype), key.to(value.dtype), value, self.soft_cap, mask, self.scale, True)
         group = H // key.shape[1]
-        causal = mask is None and T > 1
         if group > 1 and T == 1:  # one query per head: the heads that share a key become the query rows
-            out = self.attend_full(query.view(B, H // group, group, C), key, value, mask, causal)
-            return out.view(B, H, 1, C)
-        if group > 1 and (query.is_cuda or self.config.attention_softcap):   # only the CPU's kernels share heads
+            query = query.view(B, H // group, group, C)
+        elif group > 1 and (query.is_cuda or self.soft_cap):                 # only the CPU's kernels share heads
             key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-        return self.attend_full(query, key, value, mask, causal)
-
-    def attend_full(self, query, key, value, mask, causal):
-        if not self.soft_cap:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=self.scale,
-                                                  enable_gqa=key.shape[1] < query.shape[1])
-        scores = self.soft_cap(query @ key.transpose(2, 3) * self.scale)     # (B, H, T, S)
-        if causal:
-            mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).tril()
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        return scores.float().softmax(-1).to(query.dtype) @ value
+        if self.soft_cap:
+            scores = self.soft_cap(query @ key.transpose(2, 3) * self.scale)                 # (B, H, T, S)
+            scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            out = scores.float().softmax(-1).to(query.dtype) @ value
+        else:
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None and T > 1,
+                                                 scale=self.scale, enable_gqa=key.shape[1] < query.shape[1])
+        return out.view(B, H, T, C)
 
 
 class MLP(nn.Module):
@@ -407,32 +405,38 @@ class Trunk(nn.Module):
             rope = [torch.cat((sign * half, half), dim=-1).to(x.dtype)        # (B, 1, T, C)
                     for sign, half in ((1, angle.cos()), (-1, angle.sin()))]
         for block, window in zip(self.layers, config.windows):
-            if self.checkpointing and self.training:
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, masks[window], cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rope, masks[window], cache)
         return self.norm(x)
 
+    @contextmanager
+    def compiled(self, **options):
+        """Inside this block the layers run compiled, for any rows and lengths."""
+        self.run = compile_once(self.run, **options)
+        try:
+            yield
+        finally:
+            del self.run  # the class's own again
+
     def window_masks(self, positions, mask, cache):
-        """{window: mask (B, 1, T, S), BlockMask, or None for plain causal}: the caller's mask, cut to each window in
-        use."""
-        (B, T), keys, device = positions.shape, positions, positions.device  # keys: (B, S)
+        """{window: BlockMask where FlexAttention is fused, elsewhere (B, 1, T, S) bool, or None for plain causal}: the
+        caller's mask, cut to each window in use."""
+        (B, T), device = positions.shape, positions.device
         S = T if cache is None else cache.end
-        windows = {window for window in self.config.windows if 0 < window < S}  # one of S or more cuts nothing
-        if callable(mask) and positions.is_cuda and self.config.head_dim < 16:  # FlexAttention's kernels want more
-            mask = dense_mask(mask, B, T, device)
-        if callable(mask):
-            return {window: create_block_mask(within(window, mask, positions) if window in windows else mask,
-                                              B, None, T, T, device) for window in {*self.config.windows}}
-        if cache is not None:
-            keys = torch.arange(S, device=device)[None]
+        keys = positions if cache is None else torch.arange(S, device=device).expand(B, S)
         even = cache is None or len({cache.lengths[row] for row in cache.rows}) == 1
-        if mask is None and (T > 1 and (windows or S > T) or not even):
-            mask = keys[:, None, :] <= positions[:, :, None]                 # (B, T, S)
-        masks = dict.fromkeys(self.config.windows, None if mask is None else mask[:, None])
-        for window in windows:
-            near = positions[:, :, None] - keys[:, None, :] < window         # (B, T, S)
-            masks[window] = (near if mask is None else mask & near)[:, None]
+        causal = mask or (lambda row, head, query, key: keys[row, key] <= positions[row, query])
+        masks = {}
+        for window in {*self.config.windows}:
+            cuts = 0 < window < S  # one of S or more cuts nothing
+            visible = within(window, causal, positions, keys) if cuts else causal
+            if mask and flex_is_fused(self.config, device):
+                masks[window] = create_block_mask(visible, B, None, T, S, device)
+            else:
+                plain = mask is None and even and not cuts and (T == 1 or S == T and not self.config.attention_softcap)
+                masks[window] = None if plain else dense_mask(visible, B, T, S, device)
         return masks
 
 
@@ -445,7 +449,6 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.folder, self.origin = config, None, ""  # folder of the checkpoint, and its path or hub id
-        self.gate = None                                          # of a mixture: lora_moe.Gate
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
@@ -455,8 +458,7 @@ class Transformer(nn.Module):
         """tokens (B, T) -> hidden (B, T, D).
 
         positions (B, T): the place of each token in its own sequence; default 0 … T-1, with a cache those after it.
-        mask (B, T, S) bool: True where a query token may look at a key token; default causal. A function (row, head,
-        query, key) of it goes to FlexAttention, which skips what no token sees.
+        mask: function (row, head, query, key): whether a query token may look at a key token; default causal.
         """
         return self.model(tokens, positions, mask, cache)
 
@@ -504,9 +506,8 @@ class ScoreModel(nn.Module):
         with torch.device("meta"):
             model = cls(policy.config)
         model.model, model.folder, model.origin = policy.model, policy.folder, policy.origin
-        weight = policy.model.embed_tokens.weight
-        model.score = nn.Linear(policy.config.hidden_size, 1, bias=False, device=weight.device)
-        nn.init.zeros_(model.score.weight)
+        weight = torch.zeros(1, policy.config.hidden_size, device=policy.lm_head.weight.device)
+        model.score.weight = nn.Parameter(weight)
         return model
 
 
@@ -539,16 +540,16 @@ def packed_linears(model, rows, merge=True):
     """Inside this block, float32 linear layers on a CPU run from copies of their weights in oneDNN's own layout.
 
     Decoding multiplies a few rows by every weight; from the plain layout that takes about twice as long. The copies
-    take the weights' memory again, for this block only. merge: experts at constant weights are part of the copies, so
-    the weights must not change inside the block. Does nothing where this torch has no such operators, or they fail.
+    take the weights' memory again, for this block only. merge: a layer that says `is_constant` runs from a copy of its
+    `merged_weight()`, so weights must not change inside the block. Does nothing where torch has no such operators.
     """
     packed, merged = [], set()
     for module in model.modules() if packs_linears() else ():
-        has_experts = merge and getattr(module, "is_constant", False)        # a lora_moe.ExpertLinear
-        linear = module.base if has_experts else module
+        is_constant = merge and getattr(module, "is_constant", False)
+        linear = module.base if is_constant else module
         if type(linear) is nn.Linear and linear not in merged and linear.weight.device.type == "cpu" \
                 and linear.weight.dtype == torch.float32:
-            weight = module.merged_weight() if has_experts else linear.weight
+            weight = module.merged_weight() if is_constant else linear.weight
             packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
             module.forward = lambda x, weight=packed_weight, bias=linear.bias: torch.ops.mkldnn._linear_pointwise(
                 x, weight, bias, "none", [], "")
@@ -579,7 +580,7 @@ def stream(model, prompts, max_new_tokens, batch_size, temperature=0.0, top_p=1.
     about to see are those of other prompts."""
     N, longest, config = len(prompts), max(map(len, prompts), default=0), model.config
     assert all(map(len, prompts)), "a prompt has at least one token"
-    if config.learned_positions and longest + max_new_tokens > config.max_positions:
+    if longest + max_new_tokens > config.max_positions:
         raise UserError(f"generate: a prompt of {longest} tokens and {max_new_tokens} new ones are more than the "
                         f"{config.max_positions} positions that the model has")
     if not max_new_tokens:

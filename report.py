@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from batch import batches, encode, longest, precision
+from batch import batches, encode, precision
 from common import UserError, read_json, whole_rows
 from lora_moe import expert_layers, mixture_logps, router_weights
+from losses import implicit_rewards
 
 WIDTH = 120  # characters of a terminal's line
 # Okabe and Ito's colours, then Tol's; with the markers no two of 70 styles look alike
@@ -125,7 +126,7 @@ def router_table(report, config):
 def prompt_weights(model, tokenizer, prompts, answers, batch_size=64):
     """Router weights at the last token of each prompt, where the answer begins, and their means over the tokens of each
     answer: two tensors (L, N, slots), float32 on the CPU."""
-    encoded = encode(tokenizer, tokenizer.render_all(prompts), [(text,) for text in answers], longest(model))
+    encoded = encode(tokenizer, tokenizer.render_all(prompts), [(text,) for text in answers], model.config.max_positions)
     at_prompt, over_answer = [], []
     for _, batch in batches(encoded, batch_size, next(model.parameters()).device, longest_first=False):
         model(batch.tokens, batch.positions, batch.mask())
@@ -161,9 +162,7 @@ def expert_margins(model, encoded, beta, batch_size, dtype="float32"):
     for _, batch in batches(encoded, batch_size, device, longest_first=False):
         with precision(dtype, device):
             logps, log_gate = mixture_logps(model, batch)                               # (K, N, 2), (N, K)
-        reference = batch.labels["reference"].view(logps.shape[1], 2, -1)               # (N, 2, 1), or one for each: K
-        ratios = logps.permute(1, 2, 0) - reference                                     # (N, 2, K)
-        margins.append(beta * (ratios[:, 0] - ratios[:, 1]).cpu())
+        margins.append(implicit_rewards(*logps.unbind(-1), *batch.reference.unbind(-1), beta)[-1].T.cpu())
         log_gates.append(log_gate.cpu())
     return torch.cat(margins), torch.cat(log_gates)
 

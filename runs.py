@@ -44,17 +44,17 @@ class Processes:
         return cls(rank, count)
 
     def mesh(self, device):
-        """The processes, for `model.shard`; None where there is one."""
+        """The processes, as what weights are sharded over; None where there is one."""
         if self.count > 1:
             return distributed.device_mesh.init_device_mesh(torch.device(device).type, (self.count,))
 
-    def share(self, parts):
-        """Yield (part, 1) of this process's share of a list. All processes get equally many, as with sharded weights a
-        forward pass needs them all: (part, 0) repeats the part of another one, and must not count."""
-        for i in range(self.rank, len(parts) + -len(parts) % self.count, self.count):
-            yield parts[i % len(parts)], int(i < len(parts))
+    def split(self, items):
+        """Yield (item, counted) of this process's part of a list. All processes get equally many, as with sharded
+        weights a forward pass needs them all: where counted is False the item is another one's, and must not count."""
+        for i in range(self.rank, math.ceil(len(items) / self.count) * self.count, self.count):
+            yield items[i % len(items)], i < len(items)
 
-    def once(self, function):
+    def run_once(self, function):
         """function(), called in the first process alone; its result, in all."""
         result = [function() if self.rank == 0 else None]
         if self.count > 1:
@@ -62,7 +62,7 @@ class Processes:
                 distributed.broadcast_object_list(result, device=torch.device("cpu"))
         return result[0]
 
-    def add(self, tensors):
+    def all_reduce(self, tensors):
         """Sum every tensor over the processes, in place, a few at a time."""
         tensors = list(tensors) if self.count > 1 else []
         ends = np.cumsum([tensor.numel() for tensor in tensors]) // BUCKET
@@ -71,18 +71,18 @@ class Processes:
             flat = torch.cat([tensor.flatten() for tensor in members])
             with one_line_if_lost():
                 distributed.all_reduce(flat)
-            for tensor, part in zip(members, flat.split([tensor.numel() for tensor in members])):
-                tensor.copy_(part.view_as(tensor))
+            for tensor, summed in zip(members, flat.split([tensor.numel() for tensor in members])):
+                tensor.copy_(summed.view_as(tensor))
 
     def gather(self, sums):
         """[{name: number} of each process]."""
-        parts = [{name: float(value) for name, value in sums.items()}] * self.count
+        of_all = [{name: float(value) for name, value in sums.items()}] * self.count
         if self.count > 1:
             with one_line_if_lost():
-                distributed.all_gather_object(parts, parts[0])
-        return parts
+                distributed.all_gather_object(of_all, of_all[0])
+        return of_all
 
-    def total(self, sums):
+    def sum(self, sums):
         """{name: its sum over the processes}; a name may be absent in some."""
         return add_up(self.gather(sums))
 
@@ -91,9 +91,9 @@ ALONE = Processes()
 BUCKET = 1 << 24  # numbers that are sent at a time
 
 
-def add_up(parts):
+def add_up(sums):
     """{name: sum of what the dictionaries have under it}."""
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(itertools.chain(*parts))}
+    return {name: sum(numbers.get(name, 0.0) for numbers in sums) for name in dict.fromkeys(itertools.chain(*sums))}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 
 import toy
-from batch import batches, encode_pairs, epoch_order, pack, precision, show_pair, split_step
+from batch import batch_indices, encode_pairs, epoch_order, pack, precision, show_pair, split_step
 from chat import TEMPLATES, Tokenizer
 from checkpoint import (adapter_warnings, cached_logps, find_folder, load_model, load_start, load_trained, read_config,
                         save_model, save_trained, shard)
@@ -29,7 +29,7 @@ from eval import evaluate_run
 from judges import add_margins
 from lora_moe import disable_experts, is_mixture, is_router, perturb_experts, trainable_parameters, use_expert
 from methods import FREE, METHODS, parse_flags, resolve
-from model import ScoreModel, compile_once
+from model import ScoreModel
 from runs import (ALONE, Processes, RunLog, add_up, close_run, earlier_run, load_checkpoint, one_line_if_lost, open_run,
                   read_settings, save_checkpoint)
 
@@ -129,15 +129,17 @@ def reference_logps(model, encoded, config, processes=ALONE):
 def measure(model, encoded, config, processes=ALONE):
     """The method's loss and metrics on held-out pairs: {"eval/loss": …, …}, means over the pairs."""
     model.eval()
-    sums = {}
-    annotator = encoded.labels.get("annotator")
-    for indices, batch in batches(encoded, 4 * config.batch_size, config.device, True, annotator, processes):
+    sums, totals = {}, encoded.totals(slice(None))
+    for indices, counted in processes.split(batch_indices(encoded, 4 * config.batch_size,
+                                                          together=encoded.labels.get("annotator"))):
         with precision(config.dtype, config.device):
+            batch = pack(encoded, indices, totals).to(config.device)
             loss, metrics = METHODS[config.method].loss(model, batch, config)
-        accumulate(sums, {"loss": loss, **metrics}, len(indices))
+        if counted:
+            accumulate(sums, {"loss": loss, **metrics}, len(indices))
     model.train()
     return {"eval/n": len(encoded),
-            **{f"eval/{name}": total / len(encoded) for name, total in processes.total(sums).items()}}
+            **{f"eval/{name}": total / len(encoded) for name, total in processes.sum(sums).items()}}
 
 
 def accumulate(sums, metrics, times=1):
@@ -184,7 +186,7 @@ class BackwardAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def update(self, i, j, parameter):
-        self.processes.add([parameter.grad])
+        self.processes.all_reduce([parameter.grad])
         gradient, parameter.grad = parameter.grad.view(-1).split(self.CHUNK), None
         self.norms.append(torch.stack([chunk.float().norm() for chunk in gradient]).norm())
         if not self.norms[-1].isfinite():
@@ -237,11 +239,12 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
 
     Returns whether they are finite, as a tensor: to look at it on every step would make a GPU wait.
     """
-    step, now = encoded.counts(np.concatenate(parts)), {}
-    for indices, counts in processes.share(parts):
+    totals, now = encoded.totals(np.concatenate(parts)), {}
+    for indices, counted in processes.split(parts):
         with precision(config.dtype, config.device):
-            loss, metrics = METHODS[config.method].loss(model, pack(encoded, indices, step).to(config.device), config)
-        share = counts * len(indices) / step["pairs"]
+            batch = pack(encoded, indices, totals).to(config.device)
+            loss, metrics = METHODS[config.method].loss(model, batch, config)
+        share = counted * len(indices) / totals["pairs"]
         loss.backward(torch.where(loss.isfinite(), share, math.nan))  # NaN makes every gradient NaN
         accumulate(now, {"loss": loss.detach(), **metrics}, share)
     if config.low_memory:
@@ -251,7 +254,7 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
             copies = [parameter for _, parameter in parameters if not is_sharded(parameter)]  # FSDP sums those of parts
             for parameter in copies:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            processes.add(parameter.grad for parameter in copies)
+            processes.all_reduce(parameter.grad for parameter in copies)
         norm = gathered(torch.nn.utils.clip_grad_norm_([p for _, p in parameters], config.grad_clip or math.inf))
         optimizer.found_inf = 1 - norm.isfinite().float()  # the fused step does nothing where this is 1
         optimizer.step()
@@ -314,15 +317,15 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             indices = order.take(range(step * per_step, (step + 1) * per_step), mode="wrap")
-            parts = split_step(indices, passes, encoded.labels.get("annotator"), lengths, config.batch_tokens,
-                               processes.count)
+            parts = split_step(indices, passes, lengths, config.batch_tokens, processes.count,
+                               encoded.labels.get("annotator"))
             finite = train_step(model, parameters, optimizer, encoded, parts, now, sums, processes)
             steps_since.append((indices, finite))
             tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps
             due = held_out is not None and (last or bool(config.eval_every) and done % config.eval_every == 0)
             if done % config.log_every == 0 or last or due:
                 row = {"step": done, "epoch": round(config.epochs * done * per_step / len(order), 4),
-                       **means(processes.total(sums)), "lr": lr,
+                       **means(processes.sum(sums)), "lr": lr,
                        "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
                     row.update(measure(model, held_out, now, processes))
@@ -332,7 +335,7 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
                                     "the weights before them")
                 sums, steps_since, tokens, since = {}, [], 0, time.perf_counter()
             late = time.monotonic() - saved > CHECKPOINT_SECONDS and processes.rank == 0
-            wanted = processes.total({"stop": bool(came), "save": late})
+            wanted = processes.sum({"stop": bool(came), "save": late})
             if any(wanted.values()) or (config.save_every and done % config.save_every == 0):
                 parts = processes.gather(sums)
                 save_checkpoint(out, done, parameters, optimizer, parts, processes.rank == 0)
@@ -359,7 +362,7 @@ def build_model(config, base, groups=(), processes=ALONE):
     dtype = torch.float32 if trains_all and not config.low_memory else DTYPES[config.dtype]
     mesh = config.fsdp and processes.mesh(config.device)
     model = load_model(base, dtype, config.device, mesh)
-    if model.config.learned_positions and config.max_len > model.config.max_positions:
+    if config.max_len > model.config.max_positions:
         raise UserError(f"--max_len {config.max_len}: this model has {model.config.max_positions} positions")
     model = METHODS[config.method].build(config, model, groups)
     assert config.low_memory or all(p.dtype == torch.float32 for _, p in trainable_parameters(model))
@@ -388,26 +391,24 @@ def run(config, processes=ALONE):
     with ExitStack() as at_the_end, one_line_if_lost():
         lock = FileLock(out / ".lock")  # `open_run` takes it, once the data and the model are in order
         at_the_end.callback(lock.release)
-        base = processes.once(lambda: base_folder(config))
+        base = processes.run_once(lambda: base_folder(config))
         ready = time.perf_counter()
         tokenizer = Tokenizer(base, config.template)
         encoded, held_out = load_data(config, tokenizer)
         config = method.settle(config, encoded.groups)
         model = build_model(config, base, encoded.groups, processes)
         settings = run_settings(config, base, processes)
-        work = processes.once(lambda: open_run(settings, FREE, lock))
+        work = processes.run_once(lambda: open_run(settings, FREE, lock))
         if work is None:
             return print(f"{out}: finished with these settings, kept")
-        processes.once(lambda: write_text(work / "tokens.txt", show_pair(tokenizer, encoded)))
+        processes.run_once(lambda: write_text(work / "tokens.txt", show_pair(tokenizer, encoded)))
         for pairs in filter(None, (encoded, held_out)):
             method.prepare(model, pairs, config)
             if method.reference:
                 pairs.labels["reference"] = reference_logps(model, pairs, config, processes).numpy()
         perturb_experts(model, config.expert_noise, config.seed)
-        if config.compile:
-            model.model.run = compile_once(model.model.run)
-        train(model, encoded, held_out, config, work, processes)
-        vars(model.model).pop("run", None)  # the class's own again: answers grow by the token
+        with model.model.compiled() if config.compile else nullcontext():
+            train(model, encoded, held_out, config, work, processes)
         trained = time.perf_counter()
         finish(model, tokenizer, encoded, held_out, config, base, work, processes)
     print(f"\nbase model {ready - started:.0f} s, training {trained - ready:.0f} s, evaluation "
@@ -422,11 +423,11 @@ def finish(model, tokenizer, encoded, held_out, config, base, work, processes=AL
     if method.report:
         types = toy.annotator_types(encoded.groups) if config.annotators else encoded.groups
         report, text = method.report(model, encoded, held_out, types, config.beta, 4 * config.batch_size, config.dtype)
-        processes.once(lambda: write_text(work / "experts.json", json.dumps(report, indent=2) + "\n"))
+        processes.run_once(lambda: write_text(work / "experts.json", json.dumps(report, indent=2) + "\n"))
         print(text)
     if config.model == "toy" and not isinstance(model, ScoreModel):
-        processes.once(lambda: show_answers(model, tokenizer, config, base, work))
-    processes.once(lambda: close_run(Path(config.out), work))
+        processes.run_once(lambda: show_answers(model, tokenizer, config, base, work))
+    processes.run_once(lambda: close_run(Path(config.out), work))
 
 
 def show_answers(model, tokenizer, config, base, work):
@@ -479,12 +480,12 @@ def main(argv=None):
     before, results = METHODS[config.method].prerequisites(config)
     last = replace(config, **results)
     toy.one_thread(last.model)
-    if processes.once(lambda: is_finished(last, processes)):
+    if processes.run_once(lambda: is_finished(last, processes)):
         before = []  # nothing has to be made for it
     for each in (*before, last) if before else ():
         print(f"{each.out}: --method {each.method} --view {each.view}", flush=True)
     for each in (*before, last):
-        if processes.once(lambda: is_finished(each, processes)):
+        if processes.run_once(lambda: is_finished(each, processes)):
             print(f"{each.out}: finished with these settings, kept", flush=True)
         else:
             run(each, processes)

@@ -217,7 +217,7 @@ def unshared(state):
     def forward(model, batch):
         numbers = batch.labels["number"].numpy()
         return batch_file.policy_logps(model, batch_file.pack(apart, np.stack([2 * numbers, 2 * numbers + 1], 1).flatten())
-                                   ).view(batch.shape)
+                                   ).view(batch.lengths.shape)
     set_forward(forward)
 
 

@@ -73,10 +73,10 @@ def kilobytes(field):
 def measure(flags, processes):
     """Load and train a small model, and print what each process took."""
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(processes.once(lambda: folder))
+        folder = Path(processes.run_once(lambda: folder))
         if processes.rank == 0:
             save_model(toy.init_weights(Transformer(ModelConfig.from_hf(SMALL)).requires_grad_(False), 0), folder)
-        processes.once(lambda: None)
+        processes.run_once(lambda: None)
         config = methods.parse_flags(["--method", "sft", "--model", str(folder), "--device", "cpu", "--fsdp",
                                     "--batch_size", "1", "--max_steps", "3", *flags])
         before = kilobytes("VmRSS")

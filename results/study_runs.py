@@ -22,7 +22,7 @@ from checkpoint import cached_logps, load_policy, load_start
 from common import read_json, write_text
 from data import apply_view
 from eval import answer
-from lora_moe import choose_experts, use_expert
+from lora_moe import choose_experts, gate_of, use_expert
 from model import generate
 from runs import ALONE, read_settings
 
@@ -194,7 +194,7 @@ def token_ratio(model, start, tokenizer, prompts, rounds=7, new_tokens=32):
     """CPU time of a greedily generated token, in a batch of these prompts, no answer ending early, as a multiple of the
     start's: the median of rounds that ask both in turn."""
     rendered = list(tokenizer.render_all(prompts))
-    if model.gate is not None:
+    if gate_of(model):
         use_expert(model, choose_experts(model, tokenizer, rendered, "mixture", "", 0))
     tokens, ratios = tokenizer.encode(rendered), []
     for _ in range(rounds):

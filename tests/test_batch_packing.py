@@ -9,6 +9,7 @@ import torch
 from batch import encode, encode_pairs, first_fit, pack, row_length
 from conftest import encoded_of, pieces
 from data import Pair
+from model import dense_mask
 from toy import make_tokenizer
 
 ITEMS = [(3, 5, 2), (1, 4, 6), (1, 1, 1), (7, 0, 3), (2, 3, 0), (9, 8, 7), (5, 0, 0), (4, 1, 12)]
@@ -83,7 +84,7 @@ def test_mask_lets_a_token_see_its_own_sequence_up_to_itself_and_nothing_else(pa
             part = next(i for i, tokens in enumerate(parts) if int(batch.tokens[row, column]) in tokens)
             offset = parts[part].index(int(batch.tokens[row, column]))
             place[row, column] = (n, part or None, offset + (len(parts[0]) if part else 0))
-    mask = batch.mask()
+    mask = dense_mask(batch.mask(), B, T, T, "cpu")[:, 0]
     assert mask.shape == (B, T, T) and mask.dtype == torch.bool
     for row, query, key in itertools.product(range(B), range(T), range(T)):
         if (row, query) in place:
@@ -94,7 +95,8 @@ def test_mask_lets_a_token_see_its_own_sequence_up_to_itself_and_nothing_else(pa
 
 def test_no_query_is_left_without_a_key(packed):
     """Also in padding, where softmax over nothing would be nan and reach the gradients."""
-    assert packed[2].mask().any(-1).all()
+    B, T = packed[2].tokens.shape
+    assert dense_mask(packed[2].mask(), B, T, T, "cpu").any(-1).all()
 
 
 # What is predicted
@@ -127,7 +129,7 @@ def test_last_is_where_a_response_ends_or_where_it_is_empty_the_prompt(packed):
 def test_lengths_and_labels_belong_to_their_pair(packed):
     encoded, indices, batch = packed
     assert batch.lengths.tolist() == [[len(r) for r in pieces(encoded, i)[1:]] for i in indices]
-    assert batch.shape == (len(indices), len(pieces(encoded, 0)) - 1)
+    assert batch.lengths.shape == (len(indices), len(pieces(encoded, 0)) - 1)
     assert batch.labels["chosen_unsafe"].tolist() == [float(i) for i in indices]
 
 
@@ -137,7 +139,7 @@ def test_a_moved_batch_is_the_same_batch(packed):
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(moved, name), value)
-    assert moved.scale == batch.scale
+    assert moved.step_factor == batch.step_factor
     assert {k: v.tolist() for k, v in moved.labels.items()} == {k: v.tolist() for k, v in batch.labels.items()}
 
 

@@ -1,5 +1,6 @@
 """eval.py RUN… --prompts: prompts of every layout, answers that are kept, their metrics by hand, and one table."""
 import itertools
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,6 @@ import eval as eval_file
 import judges
 import model as model_file
 import toy
-from batch import longest
 from chat import Tokenizer
 from checkpoint import load_model
 from common import appending, read_json, whole_rows
@@ -429,7 +429,7 @@ def test_texts_longer_than_a_models_positions_are_cut(tmp_path):
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     tokenizer = Tokenizer(tmp_path, "plain")
-    assert longest(model) == 64 and longest(tiny("llama"), 512) == 512 and longest(model, 8) == 8
+    assert model.config.max_positions == 64 and tiny("llama").config.max_positions == math.inf
     assert len(batch_file.score(model, tokenizer, [("a " * 99, "a " * 99)])) == 1
     assert batch_file.score(model, tokenizer, []) == []
 

@@ -1,7 +1,5 @@
 """--compile: the layers are compiled twice at most, once for a single row and once for more, whatever rows and lengths
 the batches have, without a graph break; losses and gradients are those of the model that is not compiled."""
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +7,6 @@ import torch
 import lora_moe
 import methods
 import model as model_file
-import train
 from batch import pack, policy_logps
 from conftest import encoded_of, files_of, load_fixture, run, tiny
 from model import compile_once
@@ -42,9 +39,9 @@ def test_batches_of_all_shapes_take_two_compilations(place, method, checkpointin
                    {key: float(value) for key, value in {"loss": loss.detach(), **metrics}.items()})
 
     plain = list(results())
-    model.model.run = compile_once(model.model.run, backend=backend, fullgraph=True)
-    for one, other in zip(plain, results(), strict=True):
-        check_equal(one, other)
+    with model.model.compiled(backend=backend, fullgraph=True):
+        for one, other in zip(plain, results(), strict=True):
+            check_equal(one, other)
 
 
 def test_rows_that_are_as_many_as_they_are_long_are_not_compiled_apart():
@@ -54,16 +51,16 @@ def test_rows_that_are_as_many_as_they_are_long_are_not_compiled_apart():
     assert batches[0].tokens.shape == (7, 7)
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
         plain = [policy_logps(model, batch) for batch in batches]
-        model.model.run = compile_once(model.model.run, backend="eager", fullgraph=True)
-        for logps, batch in zip(plain, batches):
-            torch.testing.assert_close(policy_logps(model, batch), logps, rtol=1e-5, atol=1e-5)
+        with model.model.compiled(backend="eager", fullgraph=True):
+            for logps, batch in zip(plain, batches):
+                torch.testing.assert_close(policy_logps(model, batch), logps, rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_run_is_the_run(quick, monkeypatch):
     """Also its measurements, without gradients, and its answers, which are not compiled."""
     compiled = []
-    monkeypatch.setattr(train, "compile_once", lambda function: compiled.append(1) or partial(
-        compile_once, backend="eager")(function))
+    monkeypatch.setattr(model_file, "compile_once", lambda function: compiled.append(1) or compile_once(
+        function, backend="eager"))
     flags = "--method", "safedpo", "--lora_rank", 4, "--max_steps", 2, "--lr", 1e-3
     with torch._dynamo.config.patch(recompile_limit=8):
         outs = [run(name, *flags, *extra) for name, extra in (("plain", ()), ("compiled", ("--compile",)))]
@@ -83,6 +80,8 @@ def test_flex_attention_of_packed_rows_is_attention_under_the_dense_mask(name, m
         dense = model(batch.tokens, batch.positions, batch.mask())
         flex = model_file.flex_attention
         monkeypatch.setattr(model_file, "flex_attention", lambda *args: calls.append(args) or flex(*args))
-        fused = model(batch.tokens, batch.positions, batch.visible())
+        assert not calls
+        monkeypatch.setattr(model_file, "flex_is_fused", lambda *_: True)
+        fused = model(batch.tokens, batch.positions, batch.mask())
     assert len(calls) == model.config.num_layers
     assert (fused - dense).abs().max() < 1e-5 * dense.abs().max()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import batch as batch_file
 import checkpoint
 import eval as eval_file
 import methods
@@ -344,7 +343,7 @@ def test_the_run_folder_shows_the_tokens_of_the_first_pair(quick):
 
 def test_reference_log_probs_are_shared_by_runs_that_need_the_same(quick, monkeypatch):
     computed = []
-    response_logps = batch_file.response_logps
+    response_logps = checkpoint.response_logps
     monkeypatch.setattr(checkpoint, "response_logps", lambda *rest: computed.append(1) or response_logps(*rest))
     for name, flags in (("a", ("--delta", 10)), ("b", ("--delta", 3)), ("c", ("--beta", 0.5, "--batch_size", 4))):
         run(name, *FLAGS, *flags)

@@ -8,7 +8,7 @@ import torch
 from test_model_compile import ITEMS
 
 import model as model_file
-from batch import pack, policy_logps, precision, sequence_logps
+from batch import pack, policy_logps, precision
 from conftest import SHAPES, encoded_of, interrupt_at, load_fixture, relative_error, rows, run, timeless, tiny
 from model import generate
 from test_train_steps import METHODS, inputs_of, step_of
@@ -42,10 +42,10 @@ def test_flex_attention_has_the_gradients_of_the_dense_mask(monkeypatch, family,
                         calls.append(args) or make(*args))
     for indices in ([0, 1, 2, 3, 4], [0], [1, 4], [2, 2, 2]):
         batch, results = pack(encoded, indices).to(DEVICE), []
-        dense = model_file.dense_mask(batch.visible(), *batch.tokens.shape, DEVICE)
-        for mask in (dense, batch.mask()):
+        for fused in (False, DEVICE == "cuda"):
+            monkeypatch.setattr(model_file, "flex_is_fused", lambda *_, fused=fused: fused)
             with precision(dtype, DEVICE):
-                logps = sequence_logps(model, model(batch.tokens, batch.positions, mask), batch)
+                logps = policy_logps(model, batch)
             gradients = torch.autograd.grad(logps.square().mean(), [*model.parameters()])
             results.append((logps.detach(), torch.cat([gradient.flatten() for gradient in gradients])))
         assert relative_error(results[1][0], results[0][0]) < tolerance, batch.tokens.shape

@@ -141,7 +141,7 @@ def one_step(watch=lambda parameters: None, pairs=([*range(8)],), processes=ALON
     optimizer = train.make_optimizer(parameters.items(), config, processes)
     train.train_step(model.train(), parameters.items(), optimizer, encoded, list(map(np.array, pairs)), config, sums,
                      processes)
-    return parameters, before, processes.total(sums)
+    return parameters, before, processes.sum(sums)
 
 
 def test_one_gradient_is_held_at_a_time(place, monkeypatch):

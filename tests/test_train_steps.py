@@ -51,11 +51,11 @@ def step_of(method, parts, processes=ALONE, *flags, tokens=0, device="cpu"):
     parameters, gradients, sums = lora_moe.trainable_parameters(model), {}, {}
     optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: gradients.update(
         (name, gathered(parameter.grad).clone()) for name, parameter in parameters if parameter.grad is not None))
-    passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.labels.get("annotator"),
-                        encoded.lengths(), tokens)
+    passes = split_step(train.training_order(encoded, config)[:8], parts, encoded.lengths(), tokens,
+                        annotator=encoded.labels.get("annotator"))
     assert len(passes) > parts if tokens else len(passes) == parts
     train.train_step(model, parameters, optimizer, encoded, passes, replace(config, grad_clip=0.0), sums, processes)
-    return gradients, processes.total(sums)
+    return gradients, processes.sum(sums)
 
 
 def inputs_of(method):
@@ -95,10 +95,10 @@ def check_equal(one, other):
     ([0, 0, 0, 1, 1, 1, 2, 2], [3, 5]), ([0] * 8, [8]), ([0, 1, 0, 1, 0, 1, 0, 1], [4, 4]), (list(range(8)), [4, 4])))
 def test_an_annotators_pairs_stay_in_one_pass(annotators, passes):
     numbers = np.array([*annotators, 9, 9])
-    split = split_step(np.arange(8)[::-1], 2, numbers)
+    split = split_step(np.arange(8)[::-1], 2, np.ones(10, dtype=int), annotator=numbers)
     assert sorted(map(len, split)) == passes and sorted(np.concatenate(split)) == list(range(8))
     assert not set(numbers[split[0]]) & set(numbers[split[-1]]) or len(split) == 1
-    assert [part.tolist() for part in split_step(np.arange(8), 4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [part.tolist() for part in split_step(np.arange(8), 4, np.ones(8))] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -108,7 +108,7 @@ def test_no_pass_of_a_step_holds_more_than_its_tokens(seed):
     lengths, processes, annotator = rng.integers(1, 90, 60), 1 + seed % 3, rng.integers(0, 9, 60) if seed > 14 else None
     encoded = encoded_of([(1, size - 1) for size in lengths])
     indices, tokens = rng.permutation(60)[:24], int(rng.integers(20, 400))
-    passes = split_step(indices, processes, annotator, encoded.lengths(), tokens, processes)
+    passes = split_step(indices, processes, encoded.lengths(), tokens, processes, annotator)
     assert sorted(np.concatenate(passes)) == sorted(indices)
     held = max(pack(encoded, part).tokens.numel() for part in passes)
     if annotator is None:
@@ -125,7 +125,8 @@ def test_a_batch_without_gradients_holds_few_tokens_too(monkeypatch):
     encoded = encoded_of([(1, size) for size in (9, 9, 9, 9, 29, 9)])
     for settings in ({}, {"longest_first": False}, {"together": np.array([0, 0, 1, 1, 1, 2])}):
         parts, held = zip(*((indices.tolist(), batch.tokens.numel())
-                            for indices, batch in batch_file.batches(encoded, 6, "cpu", **settings)))
+                            for indices in batch_file.batch_indices(encoded, 6, **settings)
+                            for batch in [pack(encoded, indices)]))
         order = sum(parts, [])
         assert sorted(order) == list(range(6)) and (order == sorted(order) or "longest_first" not in settings)
         assert max(held) == (60 if "together" in settings else 30)  # pairs 2, 3 and 4 take two rows of 30
@@ -150,7 +151,8 @@ def test_a_step_does_not_wait_for_the_device(place, monkeypatch, method):
     model, config = model.to("meta"), replace(config, device="meta")
     parameters = lora_moe.trainable_parameters(model)
     optimizer = SimpleNamespace(zero_grad=lambda **_: None, step=lambda: None)
-    parts = split_step(train.training_order(encoded, config)[:8], 2, encoded.labels.get("annotator"))
+    parts = split_step(train.training_order(encoded, config)[:8], 2, encoded.lengths(),
+                       annotator=encoded.labels.get("annotator"))
     train.train_step(model, parameters, optimizer, encoded, parts, config, {})  # constants are copied once
     with WithoutWaiting():
         train.train_step(model, parameters, optimizer, encoded, parts, config, {})
@@ -165,9 +167,10 @@ def test_what_waits_is_found():
             waiting()
 
 
-def test_block_masks_are_made_without_waiting():
+def test_block_masks_are_made_without_waiting(monkeypatch):
+    monkeypatch.setattr(model_file, "flex_is_fused", lambda *_: True)
     model = tiny("gemma2 with a window shorter than the sequences").to("meta")
     batch = pack(encoded_of([(3, 9, 8), (1, 4, 2)]), [0, 1]).to("meta")
     with WithoutWaiting():
-        masks = model.model.window_masks(batch.positions, batch.visible(), None)
+        masks = model.model.window_masks(batch.positions, batch.mask(), None)
     assert masks.keys() == {0, 4} and all(isinstance(mask, BlockMask) for mask in masks.values())
