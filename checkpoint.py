@@ -1,7 +1,8 @@
 """Weights on disk: Hugging Face models, PEFT adapters, mixtures of experts, and what a run has trained.
 
 Read in this order: a model's folder and files, names and layouts of tensors, `load_model` and `save_model`; adapters
-and mixtures; the weights of runs, and log-probs that are kept.
+and mixtures; the weights of runs, and log-probs that are kept. Sharded weights are gathered by all processes together:
+all call the functions that have a flag `write`, and those for which it is false write nothing.
 """
 import json
 import math
@@ -21,14 +22,19 @@ from batch import batch_indices, pack, policy_logps, precision
 from chat import Tokenizer
 from common import (BROKEN, CACHE, DTYPES, HUB_FAILED, UserError, atomic_file, atomic_folder, check_keys, content_hash,
                     gathered, hash_bytes, one_line, progress, read_json, shard_like)
-from lora_moe import (GATES, ConstantRouter, Gate, add_experts, count_experts, expert_layers, gate_of, gate_report,
-                      is_mixture, is_routed, matches, merge_experts, select_modules, wrap_linear)
+from lora_moe import (ConstantRouter, ExpertLinear, Gate, add_experts, count_experts, expert_layers, gate_of,
+                      gate_report, is_mixture, is_routed, matches, merge_experts, select_modules)
 from model import CONFIG_KEYS, FAMILIES, ModelConfig, ScoreModel, Transformer, as_ids
 
 STORED_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 SHARD_SIZE = "5GB"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "generation_config.json")
+GPT2_NAMES = {
+    "model.layers": "transformer.h", "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f",
+    "model.embed_positions": "transformer.wpe", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+    "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn", "self_attn.v_proj": "attn.c_attn",
+    "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 
 
 def find_folder(name_or_dir):
@@ -55,8 +61,7 @@ def read_config(folder):
     """ModelConfig of a checkpoint folder, with all the eos ids that generation_config.json names."""
     hf = read_json(folder / "config.json", CONFIG_KEYS)
     if "method" in hf:
-        raise UserError(f"{folder}: a run folder, not a model; did you mean {folder}/model, or --init_adapter "
-                        f"{folder}/adapter?")
+        raise UserError(f"{folder}: a run folder; did you mean {folder}/model, or --init_adapter {folder}/adapter?")
     config = ModelConfig.from_hf(hf, folder / "config.json")
     if (folder / "generation_config.json").is_file():
         stated = read_json(folder / "generation_config.json", CONFIG_KEYS).get("eos_token_id")
@@ -91,10 +96,11 @@ def read_tensors(path, dtype=None):
             yield from read_safetensors(path, dtype)
         else:
             for name, tensor in torch.load(path, "cpu", weights_only=True, mmap=is_zipfile(path)).items():
-                stored = getattr(tensor, "dtype", type(tensor).__name__)
-                if stored not in STORED_DTYPES.values() and not is_derived(name):
-                    raise UserError(f"{path}: {name} is stored as {stored}, which is not supported")
-                yield path, name, tensor.to(dtype or tensor.dtype)
+                if not is_derived(name):
+                    stored = getattr(tensor, "dtype", type(tensor).__name__)
+                    if stored not in STORED_DTYPES.values():
+                        raise UserError(f"{path}: {name} is stored as {stored}, which is not supported")
+                    yield path, name, tensor.to(dtype or stored)
 
 
 def read_safetensors(path, dtype):
@@ -138,13 +144,6 @@ def check_tensors(tensors, shapes, where):
         raise UserError(f"{where}: tensor {min(missing)} is missing{more}")
 
 
-GPT2_NAMES = {
-    "model.layers": "transformer.h", "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f",
-    "model.embed_positions": "transformer.wpe", "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-    "self_attn.q_proj": "attn.c_attn", "self_attn.k_proj": "attn.c_attn", "self_attn.v_proj": "attn.c_attn",
-    "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
-
-
 def stored_name(config, name):
     """What a checkpoint calls our tensor or layer `name`. In GPT-2, q, k and v are one: c_attn."""
     if config.model_type == "gpt2":
@@ -185,37 +184,29 @@ def shard(modules, mesh, ignored=()):
 
 def load_weights(model, folder, dtype, device):
     """Put a checkpoint's tensors in the place of a meta-device model's parameters, one at a time."""
-    config, slots, parameters, shapes = model.config, model.state_dict(), dict(model.named_parameters()), {}
+    config, slots, shapes, weights = model.config, model.state_dict(), {}, {}
     layout = stored_layout(model, slots)
     for stored, names in layout.items():
         rows, *columns = slots[names[0]].shape
         shape = len(names) * rows, *columns
         shapes[stored] = shape[::-1] if is_conv1d(stored) else shape
-
-    def stored_tensors():
-        for file in weight_files(folder):
-            for path, name, tensor in read_tensors(file, dtype):
-                if not (is_derived(name) or config.tied and name == "lm_head.weight" or
-                        name.startswith("normalizer.") and not config.normalizer):
-                    full_name = f"transformer.{name}"  # GPT-2's first files leave that out
-                    yield path, full_name if full_name in layout else name, tensor
-
-    for stored, tensor in check_tensors(stored_tensors(), shapes, folder):
+    tensors = ((path, f"transformer.{name}" if f"transformer.{name}" in layout else name, tensor)  # GPT-2's first files
+               for file in weight_files(folder) for path, name, tensor in read_tensors(file, dtype)
+               if not (config.tied and name == "lm_head.weight" or
+                       name.startswith("normalizer.") and not config.normalizer))
+    for stored, tensor in check_tensors(tensors, shapes, folder):
         tensor = tensor.t().contiguous() if is_conv1d(stored) else tensor
         for name, values in zip(layout[stored], tensor.chunk(len(layout[stored]))):
-            parent, _, key = name.rpartition(".")
-            values = shard_like(values.to(device), slots[name])
-            setattr(model.get_submodule(parent), key, nn.Parameter(values) if name in parameters else values)
+            weights[name] = shard_like(values.to(device), slots[name])
+    model.load_state_dict(weights, strict=False, assign=True)  # a tied head is left out
     if config.tied and isinstance(model, Transformer):
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def load_model(name_or_dir, dtype=torch.float32, device="cpu", mesh=None, kind=Transformer):
-    """Load a folder in Hugging Face layout, or a hub id; weights are read once, into their final place. Raises
-    UserError naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short.
-
-    kind: Transformer or ScoreModel. mesh: processes over which the blocks are sharded first, by `shard`.
-    """
+    """Load a folder in Hugging Face layout, or a hub id; weights are read once, into their final place. kind:
+    Transformer or ScoreModel. mesh: processes over which the blocks are sharded first, by `shard`. Raises UserError
+    naming the file and the tensor that is missing, unexpected, wrongly shaped or cut short."""
     folder = find_folder(name_or_dir)
     config = read_config(folder)  # computes RoPE's frequencies, for which the meta device would import torch._refs
     with torch.device("meta"):
@@ -229,7 +220,7 @@ def load_model(name_or_dir, dtype=torch.float32, device="cpu", mesh=None, kind=T
 
 def save_model(model, folder, chat_template=None, write=True):
     """Write config.json, safetensors (in shards above 5 GB), the tokenizer's files and chat template, atomically;
-    `transformers` loads the folder. With sharded weights all processes call it, and one has to write."""
+    `transformers` loads the folder."""
     weights, tensors = model.state_dict(), {}
     kind, config = model.config.model_type, dict(model.config.hf)
     if any(".base." in name for name in weights):
@@ -244,9 +235,8 @@ def save_model(model, folder, chat_template=None, write=True):
     if isinstance(model, Transformer):
         config["architectures"] = [FAMILIES[kind]]
     elif model.config.score_name == "score":  # safe-rlhf has classes of its own
-        stem = FAMILIES[kind].removesuffix("ForCausalLM").removesuffix("LMHeadModel")
-        config |= {"architectures": [stem + "ForSequenceClassification"], "id2label": {"0": "LABEL_0"},
-                   "label2id": {"LABEL_0": 0}}
+        config |= {"architectures": [re.sub("ForCausalLM|LMHeadModel", "ForSequenceClassification", FAMILIES[kind])],
+                   "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     config.pop("dtype", None)  # newer files say dtype, older ones torch_dtype, which every reader knows
     config["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     with atomic_folder(folder) as temporary:
@@ -270,17 +260,13 @@ def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
     folder = find_folder(name_or_dir)
     kind = (read_config(folder).hf.get("architectures") or ["?"])[0]
     if kind in FAMILIES.values():
-        raise UserError(f"{name_or_dir}: a language model ({kind}), not a score model: it has no score.weight nor "
-                        "score_head.weight")
+        raise UserError(f"{name_or_dir}: a language model ({kind}); it has no score.weight nor score_head.weight")
     model = load_model(folder, DTYPES[dtype], device, kind=ScoreModel).eval()
     return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))
 
 
-# Adapters in PEFT's format, and mixtures
-
-
 # What load_adapter reads of adapter_config.json, and keys that do not change what the adapter computes
-READ_KEYS = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
+READ_KEYS = {"r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
 HARMLESS_KEYS = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping",
                  "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"}
 ADAPTER_KEYS = {
@@ -289,7 +275,8 @@ ADAPTER_KEYS = {
 EXPERTS_KEYS = {"a whole number from 1 to a million": "num_experts rank hidden", "a whole number": "width",
                 "a number above 0": "alpha temperature", "true or false": "rslora empty", "text": "base type kind",
                 "a list of texts": "layers groups", "an object": "router gate", "a list": "weights"}
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")  # others, such as PiSSA, change the base weights too
+SUPPORTED = {"peft_type": ("LORA",),  # of other keys, what stands for nothing; other inits change the base weights too
+             "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 PEFT_TENSOR = "base_model.model.{}.lora_{}.weight"  # of what PEFT calls a layer, and A or B
 
 
@@ -303,23 +290,19 @@ def fuse(layers, number):
     """A (R, D_in) and B (D_out, R) of expert `number` in a PEFT layer that is several of ours, None being one without
     experts: GPT-2's q, k and v share one A. In a loaded adapter they still do. Trained separately they do not: then A
     stacks those of the three and B is block-diagonal."""
-    experts = {i: (layer.lora_A.detach().unflatten(0, (-1, layer.rank))[number],
-                   layer.lora_B.detach().unflatten(1, (-1, layer.rank))[:, number])
-               for i, layer in enumerate(layers) if layer is not None}
-    first_A, first_B = next(iter(experts.values()))
-    shared = all(torch.equal(A, first_A) for A, _ in experts.values())
-    fused_B = first_B.new_zeros(len(layers), len(first_B), 1 if shared else len(experts), len(first_A))
-    for block, (i, (_, B)) in enumerate(experts.items()):
-        fused_B[i, :, 0 if shared else block] = B
-    return first_A if shared else torch.cat([A for A, _ in experts.values()]), fused_B.flatten(0, 1).flatten(1)
+    experts = [layer and (layer.lora_A.detach().unflatten(0, (-1, layer.rank))[number],
+                          layer.lora_B.detach().unflatten(1, (-1, layer.rank))[:, number]) for layer in layers]
+    As, Bs = zip(*filter(None, experts))
+    if all(torch.equal(A, As[0]) for A in As):
+        return As[0], torch.cat([expert[1] if expert else torch.zeros_like(Bs[0]) for expert in experts])
+    return torch.cat(As), torch.block_diag(*[expert[1] if expert else Bs[0][:, :0] for expert in experts])
 
 
 def save_adapter(model, folder, template=None, number=0, write=True):
     """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors, whose
-    metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`. With
-    sharded weights all processes call it, and one has to write."""
+    metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`."""
     assert not is_routed(model), "PEFT's format holds experts without a router"
-    origin = {"base": base_hash(model), "template": template or "chat"}
+    origin = json.dumps({"base": base_hash(model), "template": template or "chat"})
     if not write:
         return
     layers, modules, tensors, ranks, alphas = expert_layers(model), peft_modules(model), {}, {}, {}
@@ -337,15 +320,13 @@ def save_adapter(model, folder, template=None, number=0, write=True):
         targets = sorted(wrapped)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": model.origin,
-        "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora, "lora_dropout": 0.0,
-        "bias": "none", "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True,
-        "target_modules": targets,
+        "r": first.rank, "lora_alpha": first.alpha, "use_rslora": first.rslora, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True, "target_modules": targets,
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != first.rank},
         "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != first.alpha}}
     with atomic_folder(folder) as temporary:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        metadata = {"trained_on": json.dumps(origin)}  # one entry: the library shuffles several
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata)
+        save_file(tensors, temporary / "adapter_model.safetensors", {"trained_on": origin})  # it would shuffle several
 
 
 def base_hash(model):
@@ -375,13 +356,10 @@ def adapter_warnings(model, folders, template=None):
 def read_adapter_config(path):
     """The dictionary in an adapter_config.json. Raises UserError naming the first setting that we do not implement."""
     config = read_json(path, ADAPTER_KEYS)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type = {config.get('peft_type')!r} is not supported")
     for key, value in config.items():
-        plain = PLAIN_INITS if key == "init_lora_weights" else (None, False, "none", [], {})
-        if key not in READ_KEYS | HARMLESS_KEYS and value not in plain:
+        if key not in READ_KEYS | HARMLESS_KEYS and value not in SUPPORTED.get(key, (None, False, "none", [], {})):
             raise UserError(f"{path}: {key} = {value!r} is not supported")
-    for key in ("r", "lora_alpha", "target_modules"):
+    for key in ("peft_type", "r", "lora_alpha", "target_modules"):
         if not config.get(key):
             raise UserError(f"{path}: {key} is missing")
     for key, kind in (("rank_pattern", "a whole number from 1 to a million"), ("alpha_pattern", "a number above 0")):
@@ -391,11 +369,11 @@ def read_adapter_config(path):
 
 
 def read_adapter(model, folder):
-    """{name of our layer: (A, B, alpha, rslora)} of an adapter in PEFT's format. Raises UserError naming the setting or
-    the tensor that does not fit the model."""
+    """{name of our layer: (rank, alpha, rslora)} and {name: (A, B)} of an adapter in PEFT's format. Raises UserError
+    naming the setting or the tensor that does not fit the model."""
     described, path = Path(folder) / "adapter_config.json", Path(folder) / "adapter_model.safetensors"
-    config, modules, alphas, shapes, layers = read_adapter_config(described), peft_modules(model), {}, {}, {}
-    where = f"{described}: target_modules"
+    config, modules, where = read_adapter_config(described), peft_modules(model), f"{described}: target_modules"
+    alphas, shapes, scalings, matrices = {}, {}, {}, {}
     for module in select_modules(config["target_modules"], modules, where):
         rank = pattern_value(config.get("rank_pattern"), module, config["r"], where)
         alphas[module] = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"], where)
@@ -406,8 +384,8 @@ def read_adapter(model, folder):
     for module, alpha in alphas.items():
         A, B = (tensors[PEFT_TENSOR.format(module, letter)] for letter in "AB")
         for name, rows in zip(modules[module], B.chunk(len(modules[module]))):
-            layers[name] = A, rows, alpha, bool(config.get("use_rslora"))
-    return layers
+            scalings[name], matrices[name] = (len(A), alpha, bool(config.get("use_rslora"))), (A, rows)
+    return scalings, matrices
 
 
 @torch.no_grad()
@@ -415,16 +393,16 @@ def load_adapter(model, *folders):
     """Wrap the model with the adapters in these folders (PEFT's format), one expert each. Returns the model. Raises
     UserError when one does not fit the model, or they differ in layers, rank or alpha."""
     assert not expert_layers(model), "the model has experts already; merge_experts(model) first"
-    adapters = [read_adapter(model, folder) for folder in folders]
-    shapes = [{name: (len(A), *scaling) for name, (A, _, *scaling) in layers.items()} for layers in adapters]
-    for folder, shape in zip(folders, shapes):
-        if shape != shapes[0]:
+    scalings, matrices = zip(*[read_adapter(model, folder) for folder in folders])
+    for folder, scaling in zip(folders, scalings):
+        if scaling != scalings[0]:
             raise UserError(f"{folder}: its layers, rank or alpha differ from those of {folders[0]}")
     model.requires_grad_(False)
-    for name, (rank, alpha, rslora) in shapes[0].items():
-        layer = wrap_linear(model, name, rank, alpha, len(folders), rslora=rslora)
-        layer.lora_A.copy_(torch.cat([layers[name][0] for layers in adapters]))
-        layer.lora_B.copy_(torch.cat([layers[name][1] for layers in adapters], dim=1))
+    for name, (rank, alpha, rslora) in scalings[0].items():
+        layer = ExpertLinear(model.get_submodule(name), rank, alpha, len(folders), rslora=rslora)
+        layer.lora_A.copy_(torch.cat([pairs[name][0] for pairs in matrices]))
+        layer.lora_B.copy_(torch.cat([pairs[name][1] for pairs in matrices], dim=1))
+        model.set_submodule(name, layer)
     return model
 
 
@@ -435,15 +413,14 @@ def pattern_value(patterns, module, default, where):
 
 
 def save_experts(model, folder, write=True):
-    """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate. With sharded
-    weights all processes call it, as state_dict() shards what a forward pass has left whole, and one has to write."""
+    """Write a mixture: experts.json describes it, experts.safetensors holds its experts, routers and gate."""
     layers = expert_layers(model)
     first = next(iter(layers.values()))
     config = {"base": str(model.folder), "layers": list(layers), "num_experts": first.num_experts, "rank": first.rank,
               "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
               "gate": gate_of(model) and gate_of(model).spec}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
-    if not write:
+    if not write:  # state_dict() sharded what a forward pass had left whole
         return
     with atomic_folder(folder) as temporary:
         (temporary / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -458,12 +435,9 @@ def load_experts(model, folder):
     config, tensors = read_json(described, EXPERTS_KEYS), list(read_tensors(path))
     router, gate = (check_keys(config.get(key) or {}, EXPERTS_KEYS, described) for key in ("router", "gate"))
     largest = max((max(tensor.shape, default=1) for _, _, tensor in tensors), default=0)
-    with one_line(f"{described}: does not describe experts of this model",
-                  (KeyError, TypeError, ValueError, OverflowError, UserError)):
+    with one_line(f"{described}: does not fit this model", (KeyError, TypeError, ValueError, OverflowError, UserError)):
         if max(config["rank"] * config["num_experts"], router.get("hidden", 0), gate.get("width", 0)) > largest:
             raise UserError("rank, num_experts, hidden or width are more than the tensors have")
-        if config["gate"] and config["gate"]["kind"] not in ("fixed", *GATES):
-            raise UserError(f"gate {config['gate']['kind']}")
         add_experts(model, config["layers"], config["rank"], config["alpha"], config["num_experts"], config["rslora"],
                     router=config["router"])
         if config["gate"]:
@@ -489,8 +463,7 @@ def export_experts(model, folder, template=None):
 
 def save_trained(model, out, template=None, chat_template=None, write=True):
     """Write what was trained: out/model (all weights), out/adapter (one expert, for PEFT) or out/experts. template: the
-    name of the prompt format; chat_template: its text, where it is not the tokenizer's. With sharded weights all
-    processes call it, and one has to write."""
+    name of the prompt format; chat_template: its text, where it is not the tokenizer's."""
     if isinstance(model, ScoreModel) or not count_experts(model):
         save_model(merge_experts(model), out / "model", chat_template, write)
     elif count_experts(model) == 1 and not is_routed(model) and gate_of(model) is None:
@@ -507,9 +480,6 @@ def load_trained(run, base, dtype=torch.float32, device="cpu"):
         if (run / name).is_dir():
             return load(load_model(base, dtype, device), run / name)
     raise UserError(f"{run}: no trained weights (no model, adapter, experts); did the run finish?")
-
-
-# Runs
 
 
 def load_policy(run, dtype="float32", device="cpu"):

@@ -27,13 +27,11 @@ from batch import batches, encode, sequence_logps
 from common import UserError, gathered, one_line, shard_like
 
 
-# Routers: weights of the experts in one layer. A new one is a class here and its name in ROUTERS
-
-
 class Router(nn.Module):
-    """What the routers have in common. forward(x) gives the probabilities of the experts for each token, (..., K), or
-    (..., K + 1) with an empty expert; losses and reports read them. mix(probabilities) gives the weights by which the
-    experts' outputs are summed: the same numbers, except in a router that chooses experts, such as the best two.
+    """Weights of the experts in one layer. A new kind is a subclass and its name in ROUTERS. forward(x) gives the
+    probabilities of the experts for each token, (..., K), or (..., K + 1) with an empty expert; losses and reports read
+    them. mix(probabilities) gives the weights by which the experts' outputs are summed: the same numbers, except in a
+    router that chooses experts, such as the best two.
 
     spec: the settings that `make_router` makes the same router from.
     """
@@ -65,9 +63,8 @@ class ConstantRouter(Router):
 class SigmoidRouter(Router):
     """MidPO's router (arXiv 2506.02460, Section 3.2): for each expert σ of a linear chain D_in → hidden → D_in → 1.
 
-    Weights are independent (no softmax): they need not sum to 1. As there is no activation between the three layers,
-    they are multiplied from the last one backwards: W3 W2 W1 is one vector, so a token costs one dot product instead
-    of 2 · hidden · D_in multiplications.
+    Weights are independent (no softmax): they need not sum to 1. There is no activation between the layers, so
+    W3 W2 W1 is one vector, and a token costs one dot product instead of 2 · hidden · D_in multiplications.
     """
 
     def __init__(self, d_in, num_experts, generator=None, hidden=512):
@@ -77,23 +74,21 @@ class SigmoidRouter(Router):
                            seeded_linear(d_in, 1, True, generator)]) for _ in range(num_experts))
         self.cached = None                               # (parameter versions, vectors, biases), for generation
 
-    def chain(self, network):
-        """(vector, bias) with vector · x + bias = the three layers, one after the other: (1, D_in), (1,)."""
-        vector, bias = network[2].weight, network[2].bias
-        for layer in (network[1], network[0]):
-            vector, bias = vector @ layer.weight, bias + vector @ layer.bias
-        return vector, bias
-
     def chains(self):
-        """The chain of every network: (K, D_in), (K,). Without gradients they are cached until a parameter changes."""
+        """(vectors, biases), (K, D_in) and (K,): vector · x + bias is what a network's three layers compute. Without
+        gradients they are cached until a parameter changes."""
         versions = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
-        if torch.is_grad_enabled() or self.cached is None or self.cached[0] != versions:
-            device = self.networks[0][0].weight.device.type
-            with torch.autocast(device, enabled=False):  # a product of weights, not of tokens: float32 costs nothing
-                vectors, biases = map(torch.cat, zip(*map(self.chain, self.networks)))
-            self.cached = None if torch.is_grad_enabled() else (versions, vectors, biases)
-            return vectors, biases
-        return self.cached[1:]
+        if not torch.is_grad_enabled() and self.cached and self.cached[0] == versions:
+            return self.cached[1:]
+        vectors, biases = [], []
+        with torch.autocast(self.networks[0][0].weight.device.type, enabled=False):  # no tokens: float32 costs nothing
+            for first, second, third in self.networks:
+                inner = third.weight @ second.weight                                            # (1, hidden)
+                vectors.append(inner @ first.weight)
+                biases.append(third.bias + third.weight @ second.bias + inner @ first.bias)
+        chains = torch.cat(vectors), torch.cat(biases)
+        self.cached = None if torch.is_grad_enabled() else (versions, *chains)
+        return chains
 
     def forward(self, x):
         vectors, biases = self.chains()
@@ -114,6 +109,7 @@ class SoftmaxRouter(Router):
 
 
 ROUTERS = {"sigmoid": SigmoidRouter, "softmax": SoftmaxRouter}  # learned ones, made from (d_in, K, generator, settings)
+GATES = ("constant", "prompt", "user")  # learned ones
 
 
 def make_router(spec, d_in, num_experts, generator=None):
@@ -138,9 +134,6 @@ def seeded_linear(d_in, d_out, bias, generator):
     return layer
 
 
-GATES = ("constant", "prompt", "user")
-
-
 class Gate(nn.Module):
     """Mix- and MoE-DPO's gate, one for the whole model: log w of each prompt, (N, K) (arXiv 2510.08256, Section 3).
 
@@ -153,7 +146,7 @@ class Gate(nn.Module):
         super().__init__()
         self.kind = kind
         self.spec = {"kind": kind, "width": width, "groups": list(groups), "weights": list(weights)}
-        rows = {"prompt": width, "user": len(groups)}.get(kind, 0)
+        rows = {"fixed": 0, "constant": 0, "prompt": width, "user": len(groups)}[kind]
         start = torch.tensor(weights, dtype=torch.float32).log() if kind == "fixed" else torch.zeros(num_experts)
         self.bias = nn.Parameter(start, requires_grad=kind != "fixed")
         self.weight = nn.Parameter(torch.zeros(rows, num_experts)) if rows else None
@@ -166,9 +159,6 @@ class Gate(nn.Module):
         elif self.kind == "user":
             logits = logits + torch.cat([self.weight, self.weight.mean(0, keepdim=True)])[group]
         return logits.log_softmax(-1).view(-1, logits.shape[-1])
-
-
-# Experts
 
 
 class ExpertLinear(nn.Module):
@@ -248,7 +238,8 @@ def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
-        wrap_linear(model, name, rank, alpha, num_experts, rslora=rslora, generator=generator)
+        layer = ExpertLinear(model.get_submodule(name), rank, alpha, num_experts, None, rslora, generator)
+        model.set_submodule(name, layer)
     return set_routers(model, router or {"type": "constant"}, seed)
 
 
@@ -258,14 +249,6 @@ def set_routers(model, spec, seed=0):
     for layer in expert_layers(model).values():
         router = make_router(spec, layer.base.in_features, layer.num_experts, generator)
         layer.router = router.to(layer.base.weight.device)
-    return model
-
-
-def freeze_experts(model):
-    """Stop training the experts; routers stay trainable. Returns the model."""
-    for layer in expert_layers(model).values():
-        layer.lora_A.requires_grad_(False)
-        layer.lora_B.requires_grad_(False)
     return model
 
 
@@ -307,12 +290,9 @@ def gate_of(model):
 
 def select_modules(targets, names, where="lora_targets"):
     """The names that `targets` selects: "mlp", or PEFT's rules. Raises UserError when a target selects nothing."""
-    if targets == "all-linear":
-        return [name for name in names if name not in ("lm_head", "score")]
-    if targets == "mlp":
-        return [name for name in names if ".mlp." in name]
     if isinstance(targets, str):
-        chosen = [name for name in names if matches(targets, name, where)]
+        pattern = {"all-linear": "(?!lm_head$|score$).*", "mlp": r".*\.mlp\..*"}.get(targets, targets)
+        chosen = [name for name in names if matches(pattern, name, where)]
     else:
         chosen = [name for name in names if any(f".{name}".endswith(f".{target}") for target in targets)]
         for target in targets:
@@ -331,13 +311,6 @@ def matches(pattern, name, where):
         if re.search(r"\)[*+{]", pattern):
             raise re.error("it repeats a group")
         return re.fullmatch(pattern, name) is not None
-
-
-def wrap_linear(model, name, rank, alpha, num_experts=1, **settings):
-    """Put an ExpertLinear in the place of the linear layer called `name`, and return it."""
-    layer = ExpertLinear(model.get_submodule(name), rank, alpha, num_experts, **settings)
-    model.set_submodule(name, layer)
-    return layer
 
 
 def use_expert(model, number):
@@ -458,11 +431,8 @@ def gate_report(model):
     "users": {user: weights}}; a gate on prompts has instead "weight" (D, K) and "bias": its weights are softmax(mean
     hidden state of the prompt under the base · weight + bias)."""
     gate, users = model.gate, model.gate.spec["groups"]
-    report = {"kind": gate.kind, "experts": [f"expert-{k}" for k in range(len(model.gate.bias))]}
+    report = {"kind": gate.kind, "experts": [f"expert-{k}" for k in range(len(gate.bias))]}
     if gate.kind == "prompt":
         return report | {"weight": gate.weight.tolist(), "bias": gate.bias.tolist()}
-    report["weights"] = gate(group=torch.tensor([-1], device=gate.bias.device)).exp()[0].tolist()
-    if gate.kind == "user":
-        numbers = torch.arange(len(users), device=gate.bias.device)
-        report["users"] = dict(zip(users, gate(group=numbers).exp().tolist()))
-    return report
+    unknown, *weights = gate(group=torch.arange(-1, len(users), device=gate.bias.device)).exp().tolist()
+    return report | {"weights": unknown} | ({"users": dict(zip(users, weights))} if gate.kind == "user" else {})

@@ -20,8 +20,8 @@ from checkpoint import find_folder, load_adapter, read_adapter_config, read_conf
 from common import (Parser, UserError, check_device, check_read, check_values, numbers, setting, source_names,
                     weighted_names)
 from data import SOURCES, VIEWS, carry_scores, check_source
-from lora_moe import (GATES, add_experts, add_gate, add_head_copies, expert_layers, freeze_experts, mixture_logps,
-                      pooled_states, router_weights, set_routers)
+from lora_moe import (GATES, add_experts, add_gate, add_head_copies, expert_layers, mixture_logps, pooled_states,
+                      router_weights, set_routers)
 from model import ScoreModel
 from report import mixture_report
 
@@ -155,7 +155,7 @@ def spe_dpo(model, batch, config):
 
 def build_midpo(config, model, groups):
     """The safety and the helpfulness expert, frozen, under new sigmoid routers."""
-    freeze_experts(load_adapter(model, *config.init_adapter))
+    load_adapter(model, *config.init_adapter).requires_grad_(False)
     return set_routers(model, {"type": "sigmoid", "hidden": config.router_hidden}, config.seed)
 
 
