@@ -135,8 +135,7 @@ def check_tensors(tensors, shapes, where):
         if name not in shapes:
             raise UserError(f"{path}: unexpected tensor {name}")
         if tensor.shape != shapes[name]:
-            raise UserError(f"{path}: {name} has shape {tuple(tensor.shape)}, the settings make it "
-                            f"{tuple(shapes[name])}")
+            raise UserError(f"{path}: {name} has shape {(*tensor.shape,)}, the settings make it {(*shapes[name],)}")
         missing.discard(name)
         yield name, tensor
     if missing:
@@ -188,8 +187,7 @@ def load_weights(model, folder, dtype, device):
     layout = stored_layout(model, slots)
     for stored, names in layout.items():
         rows, *columns = slots[names[0]].shape
-        shape = len(names) * rows, *columns
-        shapes[stored] = shape[::-1] if is_conv1d(stored) else shape
+        shapes[stored] = (len(names) * rows, *columns)[::-1 if is_conv1d(stored) else 1]
     tensors = ((path, f"transformer.{name}" if f"transformer.{name}" in layout else name, tensor)  # GPT-2's first files
                for file in weight_files(folder) for path, name, tensor in read_tensors(file, dtype)
                if not (config.tied and name == "lm_head.weight" or
@@ -275,7 +273,7 @@ ADAPTER_KEYS = {
 EXPERTS_KEYS = {"a whole number from 1 to a million": "num_experts rank hidden", "a whole number": "width",
                 "a number above 0": "alpha temperature", "true or false": "rslora empty", "text": "base type kind",
                 "a list of texts": "layers groups", "an object": "router gate", "a list": "weights"}
-SUPPORTED = {"peft_type": ("LORA",),  # of other keys, what stands for nothing; other inits change the base weights too
+SUPPORTED = {"peft_type": ("LORA",),  # any other key has to be off; other inits, such as PiSSA, change the base too
              "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
 PEFT_TENSOR = "base_model.model.{}.lora_{}.weight"  # of what PEFT calls a layer, and A or B
 
@@ -288,8 +286,8 @@ def peft_modules(model):
 
 def fuse(layers, number):
     """A (R, D_in) and B (D_out, R) of expert `number` in a PEFT layer that is several of ours, None being one without
-    experts: GPT-2's q, k and v share one A. In a loaded adapter they still do. Trained separately they do not: then A
-    stacks those of the three and B is block-diagonal."""
+    experts. In an adapter that was loaded, GPT-2's q, k and v share one A. Where they were trained apart, A stacks
+    theirs and B is block-diagonal."""
     experts = [layer and (layer.lora_A.detach().unflatten(0, (-1, layer.rank))[number],
                           layer.lora_B.detach().unflatten(1, (-1, layer.rank))[:, number]) for layer in layers]
     As, Bs = zip(*filter(None, experts))
@@ -302,7 +300,7 @@ def save_adapter(model, folder, template=None, number=0, write=True):
     """Write expert `number` of a model in PEFT's format: adapter_config.json and adapter_model.safetensors, whose
     metadata has a hash of the base's weights and the template that it was trained with, for `adapter_warnings`."""
     assert not is_routed(model), "PEFT's format holds experts without a router"
-    origin = json.dumps({"base": base_hash(model), "template": template or "chat"})
+    origin = json.dumps({"base": base_hash(model), "template": template or "chat"})  # one: save_file shuffles entries
     if not write:
         return
     layers, modules, tensors, ranks, alphas = expert_layers(model), peft_modules(model), {}, {}, {}
@@ -326,7 +324,7 @@ def save_adapter(model, folder, template=None, number=0, write=True):
         "alpha_pattern": {module: alpha for module, alpha in alphas.items() if alpha != first.alpha}}
     with atomic_folder(folder) as temporary:
         (temporary / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, temporary / "adapter_model.safetensors", {"trained_on": origin})  # it would shuffle several
+        save_file(tensors, temporary / "adapter_model.safetensors", {"trained_on": origin})
 
 
 def base_hash(model):
@@ -420,7 +418,7 @@ def save_experts(model, folder, write=True):
               "alpha": first.alpha, "rslora": first.rslora, "router": first.router.spec,
               "gate": gate_of(model) and gate_of(model).spec}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if is_mixture(name)}
-    if not write:  # state_dict() sharded what a forward pass had left whole
+    if not write:  # after state_dict(), which shards what a forward pass has left whole
         return
     with atomic_folder(folder) as temporary:
         (temporary / "experts.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -31,9 +31,7 @@ class Router(nn.Module):
     """Weights of the experts in one layer. A new kind is a subclass and its name in ROUTERS. forward(x) gives the
     probabilities of the experts for each token, (..., K), or (..., K + 1) with an empty expert; losses and reports read
     them. mix(probabilities) gives the weights by which the experts' outputs are summed: the same numbers, except in a
-    router that chooses experts, such as the best two.
-
-    spec: the settings that `make_router` makes the same router from.
+    router that chooses experts, such as the best two. spec: the settings that `make_router` makes the same router from.
     """
 
     def __init__(self, **spec):
@@ -62,10 +60,8 @@ class ConstantRouter(Router):
 
 class SigmoidRouter(Router):
     """MidPO's router (arXiv 2506.02460, Section 3.2): for each expert σ of a linear chain D_in → hidden → D_in → 1.
-
     Weights are independent (no softmax): they need not sum to 1. There is no activation between the layers, so
-    W3 W2 W1 is one vector, and a token costs one dot product instead of 2 · hidden · D_in multiplications.
-    """
+    W3 W2 W1 is one vector, and a token costs one dot product instead of 2 · hidden · D_in multiplications."""
 
     def __init__(self, d_in, num_experts, generator=None, hidden=512):
         super().__init__(type="sigmoid", hidden=hidden)
@@ -128,9 +124,8 @@ def make_router(spec, d_in, num_experts, generator=None):
 def seeded_linear(d_in, d_out, bias, generator):
     """A linear layer whose parameters are drawn by this generator from ±1/sqrt(D_in), PyTorch's default range."""
     layer = nn.Linear(d_in, d_out, bias=bias)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=generator)
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, -1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator)
     return layer
 
 
@@ -238,8 +233,8 @@ def add_experts(model, targets, rank, alpha, num_experts=1, rslora=False, seed=0
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
-        layer = ExpertLinear(model.get_submodule(name), rank, alpha, num_experts, None, rslora, generator)
-        model.set_submodule(name, layer)
+        base = model.get_submodule(name)
+        model.set_submodule(name, ExpertLinear(base, rank, alpha, num_experts, rslora=rslora, generator=generator))
     return set_routers(model, router or {"type": "constant"}, seed)
 
 
@@ -324,16 +319,13 @@ def use_expert(model, number):
 
 
 def expert_logps(model, batch):
-    """log π_k(y|x) of every expert policy on a packed batch: (K, N, R), float32, in nats.
-
-    One forward pass: with each row repeated K times, or, where the experts are heads, with the trunk's rows once.
-    """
+    """log π_k(y|x) of every expert policy on a packed batch: (K, N, R), float32, in nats. One forward pass: with each
+    row repeated K times, or, where the experts are heads, with the trunk's rows once."""
     K, experts = count_experts(model), expert_layers(model)
     if list(experts) == ["lm_head"]:
         hidden = model(batch.tokens, batch.positions, batch.mask())                     # (B, T, D)
-        one_hot = torch.eye(K, device=hidden.device)
-        return torch.stack([sequence_logps(model, hidden, batch, partial(model.lm_head, weights=one_hot[k]))
-                            for k in range(K)])
+        return torch.stack([sequence_logps(model, hidden, batch, partial(model.lm_head, weights=one_hot))
+                            for one_hot in torch.eye(K, device=hidden.device)])
     use_expert(model, torch.arange(K, device=batch.tokens.device))                      # of K copies of the rows
     fields = "tokens", "positions", "pair", "part"
     copies = replace(batch, **{name: getattr(batch, name).repeat(K, 1) for name in fields})
@@ -368,8 +360,7 @@ def pooled_states(model, encoded, batch_size=64):
         with disable_experts(model):
             hidden = model(batch.tokens, batch.positions, batch.mask()).float()
         in_prompt = (batch.part == 0) & (batch.pair >= 0)                               # (B, T)
-        sums = hidden.new_zeros(len(indices), hidden.shape[-1])
-        sums.index_add_(0, batch.pair[in_prompt], hidden[in_prompt])                    # (N, D)
+        sums = hidden.new_zeros(len(indices), hidden.shape[-1]).index_add(0, batch.pair[in_prompt], hidden[in_prompt])
         pooled[indices] = (sums / batch.pair[in_prompt].bincount()[:, None]).cpu()
     return pooled
 
@@ -389,8 +380,7 @@ def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
         encoded = encode(tokenizer, prompts, [("",)] * len(prompts), model.config.max_positions)
         pooled = torch.from_numpy(pooled_states(model, encoded)).to(device)
     user = torch.tensor([numbers[i % len(numbers)] for i in range(len(prompts))], device=device)
-    with torch.no_grad():
-        weights = model.gate(pooled, user).exp().cpu().expand(len(prompts), -1)         # (N, K)
+    weights = model.gate(pooled, user).detach().exp().cpu().expand(len(prompts), -1)    # (N, K)
     if use == "sparse":
         return weights.argmax(-1)
     return torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
