@@ -160,7 +160,8 @@ def answer_logps(model, tokenizer, prompts, answers, args, processes):
     ends = np.cumsum([0, *map(len, pieces)])
     sets = [Encoded(np.concatenate(pieces, dtype=np.int32), np.column_stack([ends[:-1:2], ends[1::2], ends[2::2]]))]
     if all(row["chosen"] for row in prompts):
-        sets.append(encode(tokenizer, rendered, [(row["chosen"],) for row in prompts], min(args.max_len, model.config.max_positions)))
+        sets.append(encode(tokenizer, rendered, [(row["chosen"],) for row in prompts],
+                           min(args.max_len, model.config.max_positions)))
     logps = np.full((2, len(answers)), math.nan)
     for k in sorted({row["expert"] for row in answers}) if gate_of(model) else (None,):
         if k is not None:

@@ -1,7 +1,7 @@
 """Train a policy by preference: `python train.py --method safedpo --delta 10` runs with nothing else given.
 
-What all methods share: the toy base model, the pairs and their reference log-probs, the training loop, and a run from its
-first to its last step. Read from the end: `main`, `run`, `train`, `train_step`; methods.py has the methods.
+What all methods share: the toy base model, the pairs and their reference log-probs, the training loop, and the steps of
+a run. Read from the end: `main`, `run`, `train`, `train_step`; methods.py has the methods.
 """
 import ctypes
 import json
@@ -126,25 +126,25 @@ def reference_logps(model, encoded, config, processes=ALONE):
 
 
 @torch.no_grad()
-def measure(model, encoded, config, processes=ALONE):
-    """The method's loss and metrics on held-out pairs: {"eval/loss": …, …}, means over the pairs."""
+def evaluate_held_out(model, encoded, config, processes=ALONE):
+    """The method's loss and metrics on held-out pairs: {"eval/n", "eval/loss": …, …}, means over the n pairs."""
     model.eval()
     sums, totals = {}, encoded.totals(slice(None))
-    for indices, counted in processes.split(batch_indices(encoded, 4 * config.batch_size,
-                                                          together=encoded.labels.get("annotator"))):
+    passes = batch_indices(encoded, 4 * config.batch_size, together=encoded.labels.get("annotator"))
+    for indices, counted in processes.split(passes):
         with precision(config.dtype, config.device):
             batch = pack(encoded, indices, totals).to(config.device)
             loss, metrics = METHODS[config.method].loss(model, batch, config)
         if counted:
             accumulate(sums, {"loss": loss, **metrics}, len(indices))
     model.train()
-    return {"eval/n": len(encoded),
-            **{f"eval/{name}": total / len(encoded) for name, total in processes.sum(sums).items()}}
+    means = {f"eval/{name}": total / len(encoded) for name, total in processes.sum(sums).items()}
+    return {"eval/n": len(encoded), **means}
 
 
-def accumulate(sums, metrics, times=1):
+def accumulate(sums, metrics, weight=1):
     for name, value in metrics.items():
-        sums[name] = sums.get(name, 0) + value * times
+        sums[name] = sums.get(name, 0) + value * weight
 
 
 def learning_rate(step, steps, config):
@@ -233,25 +233,25 @@ def training_order(encoded, config):
     return epoch_order(len(encoded), config.epochs, config.seed, group, config.shares, annotator)
 
 
-def train_step(model, parameters, optimizer, encoded, parts, config, sums, processes=ALONE):
-    """One optimiser step on the pairs of `parts`, an index array for each forward pass, which the processes share;
-    metrics go into sums. Where the loss or a gradient is not finite, weights and sums stay as they are.
+def train_step(model, parameters, optimizer, encoded, passes, config, sums, processes=ALONE):
+    """One optimiser step on the pairs of `passes`, an index array for each forward pass; each process runs its part of
+    them. The step's metrics are added to sums. Where the loss or a gradient is not finite, weights and sums stay.
 
     Returns whether they are finite, as a tensor: to look at it on every step would make a GPU wait.
     """
-    totals, now = encoded.totals(np.concatenate(parts)), {}
-    for indices, counted in processes.split(parts):
+    totals, step_metrics = encoded.totals(np.concatenate(passes)), {}
+    for indices, counted in processes.split(passes):
         with precision(config.dtype, config.device):
             batch = pack(encoded, indices, totals).to(config.device)
             loss, metrics = METHODS[config.method].loss(model, batch, config)
-        share = counted * len(indices) / totals["pairs"]
-        loss.backward(torch.where(loss.isfinite(), share, math.nan))  # NaN makes every gradient NaN
-        accumulate(now, {"loss": loss.detach(), **metrics}, share)
+        weight = counted * len(indices) / totals["pairs"]
+        loss.backward(torch.where(loss.isfinite(), weight, math.nan))  # NaN makes every gradient NaN
+        accumulate(step_metrics, {"loss": loss.detach(), **metrics}, weight)
     if config.low_memory:
         norm = optimizer.gradient_norm()  # the weights are updated already
     else:
         if processes.count > 1:
-            copies = [parameter for _, parameter in parameters if not is_sharded(parameter)]  # FSDP sums those of parts
+            copies = [parameter for _, parameter in parameters if not is_sharded(parameter)]  # FSDP sums the others
             for parameter in copies:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             processes.all_reduce(parameter.grad for parameter in copies)
@@ -260,18 +260,18 @@ def train_step(model, parameters, optimizer, encoded, parts, config, sums, proce
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     finite = norm.isfinite()
-    accumulate(sums, {name: torch.where(finite, value, 0) for name, value in now.items()})
+    accumulate(sums, {name: torch.where(finite, value, 0) for name, value in step_metrics.items()})
     if processes.rank == 0:  # these are the same in all processes
         accumulate(sums, {"grad_norm": torch.where(finite, norm, 0), "finite": finite.float(),
                           "skipped": 1 - finite.float()})
     return finite
 
 
-def means(totals):
+def step_means(sums):
     """Sums over steps -> their means over those that were finite, and how many were skipped."""
-    finite, skipped = totals.pop("finite"), totals.pop("skipped")
-    return {**({name: total / finite for name, total in totals.items()} if finite else {}),
-            **({"skipped": round(skipped)} if skipped else {})}
+    finite, skipped = sums.pop("finite"), sums.pop("skipped")
+    means = {name: total / finite for name, total in sums.items()} if finite else {}
+    return means | ({"skipped": round(skipped)} if skipped else {})
 
 
 CHECKPOINT_SECONDS = 600  # a kill costs at most the last ten minutes
@@ -301,8 +301,8 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     out, parameters = Path(out), trainable_parameters(model)
     optimizer = make_optimizer(parameters, config, processes)
     order, lengths = training_order(encoded, config), encoded.lengths()
-    passes = config.grad_accum * processes.count
-    per_step = config.batch_size * passes
+    passes_per_step = config.grad_accum * processes.count
+    per_step = config.batch_size * passes_per_step
     steps = steps_of(len(order), per_step, config)
     method, (first, sums) = METHODS[config.method], load_checkpoint(out, parameters, optimizer)
     sums = dict(sums[processes.rank] if len(sums) == processes.count else {} if processes.rank else add_up(sums))
@@ -313,22 +313,21 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
     steps_since, tokens, since, saved = [], 0, time.perf_counter(), time.monotonic()
     with stop_signals() as came, bar:
         for step in bar:
-            lr, now = learning_rate(step, steps, config), method.schedule(config, step / steps)
+            lr, scheduled = learning_rate(step, steps, config), method.schedule(config, step / steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             indices = order.take(range(step * per_step, (step + 1) * per_step), mode="wrap")
-            parts = split_step(indices, passes, lengths, config.batch_tokens, processes.count,
-                               encoded.labels.get("annotator"))
-            finite = train_step(model, parameters, optimizer, encoded, parts, now, sums, processes)
+            passes = split_step(indices, passes_per_step, lengths, config.batch_tokens, processes.count,
+                                encoded.labels.get("annotator"))
+            finite = train_step(model, parameters, optimizer, encoded, passes, scheduled, sums, processes)
             steps_since.append((indices, finite))
             tokens, done, last = tokens + int(lengths[indices].sum()), step + 1, step + 1 == steps
             due = held_out is not None and (last or bool(config.eval_every) and done % config.eval_every == 0)
             if done % config.log_every == 0 or last or due:
                 row = {"step": done, "epoch": round(config.epochs * done * per_step / len(order), 4),
-                       **means(processes.sum(sums)), "lr": lr,
-                       "tokens/s": tokens / (time.perf_counter() - since)}
+                       **step_means(processes.sum(sums)), "lr": lr, "tokens/s": tokens / (time.perf_counter() - since)}
                 if due:
-                    row.update(measure(model, held_out, now, processes))
+                    row |= evaluate_held_out(model, held_out, scheduled, processes)
                 if log.write(row, steps_since) >= SKIPPED_IN_A_ROW:
                     raise UserError(f"{SKIPPED_IN_A_ROW} steps in a row had no finite loss and gradient, up to about "
                                     f"step {done}: try a lower --lr, or look at these {method.unit}; a checkpoint has "
@@ -337,8 +336,7 @@ def train(model, encoded, held_out, config, out, processes=ALONE):
             late = time.monotonic() - saved > CHECKPOINT_SECONDS and processes.rank == 0
             wanted = processes.sum({"stop": bool(came), "save": late})
             if any(wanted.values()) or (config.save_every and done % config.save_every == 0):
-                parts = processes.gather(sums)
-                save_checkpoint(out, done, parameters, optimizer, parts, processes.rank == 0)
+                save_checkpoint(out, done, parameters, optimizer, processes.gather(sums), processes.rank == 0)
                 saved = time.monotonic()
             if wanted["stop"]:
                 raise KeyboardInterrupt(*came)
@@ -452,7 +450,7 @@ def is_finished(config, processes):
 
 
 def check_inputs_outside(config):
-    """Raise UserError for an input that this run would replace: it lies in --out, and not in a prerequisite run there."""
+    """Raise UserError for an input that this run would replace: it lies in --out, but in no prerequisite run there."""
     out = Path(config.out).resolve()
     for flag in ("model", "data", "init_adapter", "references", "reward_model", "cost_model"):
         names = getattr(config, flag)
