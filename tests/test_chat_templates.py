@@ -179,8 +179,9 @@ LATER = ("messages|length > 5", "messages[0].role == 'system'", "'magic' in mess
     (LATER[1], "{{ ('x' * 10**9)|length }}", "it takes more than 512 MB of memory"),
     (LATER[2], "{{ raise_exception('not this one') }}", "not this one")])
 def test_a_template_that_misbehaves_later_only_is_stopped_on_its_row(make, monkeypatch, when, what, why):
-    monkeypatch.setattr(chat, "DEADLINE", 2)
     tokenizer = make(chat_template="{% if " + when + " %}" + what + "{% endif %}" + CHATML)
+    tokenizer.render("x")  # the worker has started
+    monkeypatch.setattr(chat, "DEADLINE", 2)
     long = [{"role": "system", "content": "Be brief."}, *TURNS, TURNS[1], {"role": "user", "content": "magic" * 2000}]
     pairs = [Pair(prompt, "Yes.", "No.", row=f"pairs.jsonl:{i + 1}")
              for i, prompt in enumerate([TURNS, "fine"] * 50 + [long] + ["fine"] * 50)]
@@ -294,8 +295,8 @@ def test_a_worker_that_was_stopped_or_interrupted_is_gone_and_another_one_goes_o
     texts = [f"text {i}" for i in range(99)]
     assert list(make(chat_template=fine).render_all(texts)) == texts  # none of those that were under way
     (second, _), = chat.WORKERS.values()
-    monkeypatch.setattr(chat, "DEADLINE", 0.5)
-    with pytest.raises(UserError, match="did not end in 0.5 seconds"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="did not end in 0.5 seconds"):
+        patch.setattr(chat, "DEADLINE", 0.5)
         make(chat_template=ENDLESS).render("x")
     assert second.returncode is not None and not chat.WORKERS
     assert list(make(chat_template=fine).render_all(texts)) == texts
