@@ -32,7 +32,7 @@ class Encoded:
 
     tokens: (total,) int32. bounds: (N, R + 2): prompt i is tokens[bounds[i, 0]:bounds[i, 1]], its response j
     is tokens[bounds[i, j + 1]:bounds[i, j + 2]]. labels: what losses read, float32 or whole numbers (N, …):
-    - chosen_unsafe, rejected_unsafe, margin (N,): of the Pair, nan where it has none; group (N,): its number in `groups`
+    - chosen_unsafe, rejected_unsafe, margin (N,): of the Pair, nan where absent; group (N,): its number in `groups`
       or -1 for none. All four are of `encode_pairs`.
     - annotator (N,): which pairs share a latent expert, of a mixture with --latent annotator.
     - pooled (N, D): the mean hidden state of the prompt, of a mixture with a gate on prompts.

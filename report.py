@@ -126,7 +126,8 @@ def router_table(report, config):
 def prompt_weights(model, tokenizer, prompts, answers, batch_size=64):
     """Router weights at the last token of each prompt, where the answer begins, and their means over the tokens of each
     answer: two tensors (L, N, slots), float32 on the CPU."""
-    encoded = encode(tokenizer, tokenizer.render_all(prompts), [(text,) for text in answers], model.config.max_positions)
+    rendered, responses = tokenizer.render_all(prompts), [(text,) for text in answers]
+    encoded = encode(tokenizer, rendered, responses, model.config.max_positions)
     at_prompt, over_answer = [], []
     for _, batch in batches(encoded, batch_size, next(model.parameters()).device, longest_first=False):
         model(batch.tokens, batch.positions, batch.mask())

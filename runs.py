@@ -199,7 +199,7 @@ def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
     if not write:
         return
     with atomic_folder(out / "checkpoint") as temporary, one_line(
-            f"{out / 'checkpoint'}: cannot be written; the one before is intact", RuntimeError):  # of torch's zip writer
+            f"{out / 'checkpoint'}: cannot be written; the one before is intact", RuntimeError):  # torch's zip writer
         torch.save(state, temporary / "state.pt")
 
 
@@ -239,8 +239,8 @@ def alarms(rows):
 
     chosen, rejected, accuracy = map(last, ("rewards/chosen", "rewards/rejected", "rewards/accuracies"))
     if all(max(values) < -1 and values[-1] < values[0] for values in (chosen, rejected)):
-        yield "falling", (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower --lr, "
-                          "a higher --beta, fewer --epochs, or --method sft on them first")
+        yield "falling", (f"chosen responses become less likely too, by a reward of {chosen[-1]:.2f}: try a lower --lr,"
+                          " a higher --beta, fewer --epochs, or --method sft on them first")
     if len(rows) >= 2 * LONG and abs(sum(accuracy) / LONG - 0.5) < 0.05:
         yield "stuck", ("the accuracy stays at 0.5: try a higher --lr; see in tokens.txt what the model reads, and "
                         "whether the labels contradict each other")

@@ -445,7 +445,7 @@ def is_finished(config, processes):
     if not out.is_dir():
         return False
     settings, before = run_settings(config, base_folder(config), processes), read_settings(out)
-    unsettled = {name for name in ("groups", "experts") if before.get(name) and not settings[name]}  # the data may do it
+    unsettled = {name for name in ("groups", "experts") if before.get(name) and not settings[name]}  # by the data
     return earlier_run(settings, FREE | unsettled) == out and before["finished"] and not unsettled
 
 
