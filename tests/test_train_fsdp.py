@@ -37,7 +37,9 @@ def flags_of(name, *flags):
 
 
 def check_same(out, other):
-    """The metrics of two runs within 1e-5, and the weights that they wrote within 1e-6."""
+    """The metrics of two runs within 1e-5, and the weights that they wrote within 1e-6, of 3.5e-4 that AdamW moves them.
+    A gate's gradient is a difference of nearly equal responsibilities, in which the rounding of log-probs near 100 nats,
+    8e-6, is up to 1 %; AdamW divides it by its own size: 5e-6."""
     for row, same in zip(timeless(out), timeless(other), strict=True):
         assert row == pytest.approx(same, rel=1e-5, abs=1e-5)
     files = [path.relative_to(out) for path in out.rglob("*.safetensors")]
@@ -45,7 +47,8 @@ def check_same(out, other):
     for path in files:
         weights, others = load_file(out / path), load_file(other / path)
         assert weights.keys() == others.keys()
-        assert all((weights[name] - others[name]).abs().max() <= 1e-6 for name in weights), path
+        for name in weights:
+            assert (weights[name] - others[name]).abs().max() <= (5e-6 if name.startswith("gate.") else 1e-6), (path, name)
 
 
 def test_sharded_runs_are_those_of_one_process(quick, monkeypatch):
