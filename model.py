@@ -254,7 +254,7 @@ class KVCache:
 def dense_mask(visible, B, T, S, device):
     """(B, 1, T, S) bool of visible(row, head, query, key): whether in a row a query token may look at a key token."""
     row, query, key = (torch.arange(size, device=device) for size in (B, T, S))
-    return visible(row[:, None, None], None, query[:, None], key)[:, None]
+    return visible(row[:, None, None], None, query[:, None], key).expand(B, T, S)[:, None]
 
 
 def within(window, visible, positions, keys):
@@ -506,8 +506,8 @@ class ScoreModel(nn.Module):
         with torch.device("meta"):
             model = cls(policy.config)
         model.model, model.folder, model.origin = policy.model, policy.folder, policy.origin
-        weight = torch.zeros(1, policy.config.hidden_size, device=policy.lm_head.weight.device)
-        model.score.weight = nn.Parameter(weight)
+        device = policy.model.embed_tokens.weight.device
+        model.score.weight = nn.Parameter(torch.zeros(1, policy.config.hidden_size, device=device))
         return model
 
 
@@ -524,42 +524,11 @@ def sample(logits, temperature, top_p, uniform):
     return order.gather(1, place).squeeze(1)
 
 
-@cache
-def packs_linears():
-    """True if torch's private operators for `packed_linears` are there and compute what a linear layer does."""
-    x, weight = torch.linspace(-1, 1, 6).view(2, 3), torch.linspace(-1, 1, 12).view(4, 3)
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
-        return torch.allclose(torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), F.linear(x, weight))
-    except (AttributeError, RuntimeError):  # what another torch, or one without oneDNN, raises
-        return False
-
-
-@contextmanager
-def packed_linears(model, rows, merge=True):
-    """Inside this block, float32 linear layers on a CPU run from copies of their weights in oneDNN's own layout.
-
-    Decoding multiplies a few rows by every weight; from the plain layout that takes about twice as long. The copies
-    take the weights' memory again, for this block only. merge: a layer that says `is_constant` runs from a copy of its
-    `merged_weight()`, so weights must not change inside the block. Does nothing where torch has no such operators.
-    """
-    packed, merged = [], set()
-    for module in model.modules() if packs_linears() else ():
-        is_constant = merge and getattr(module, "is_constant", False)
-        linear = module.base if is_constant else module
-        if type(linear) is nn.Linear and linear not in merged and linear.weight.device.type == "cpu" \
-                and linear.weight.dtype == torch.float32:
-            weight = module.merged_weight() if is_constant else linear.weight
-            packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-            module.forward = lambda x, weight=packed_weight, bias=linear.bias: torch.ops.mkldnn._linear_pointwise(
-                x, weight, bias, "none", [], "")
-            packed.append(module)
-            merged.add(linear)
-    try:
-        yield
-    finally:
-        for module in packed:
-            del module.forward  # the class's own again
+def few_rows(weight, x, size=64):
+    """x Wᵀ of a few rows x (B, D), `size` columns at a time: where W (V, D) is large, a CPU takes a third less time."""
+    count = len(weight) // size
+    blocks = torch.bmm(weight[:count * size].view(count, size, x.shape[1]), x.t().expand(count, -1, -1))
+    return torch.cat([blocks.flatten(0, 1), weight[count * size:] @ x.t()]).t()          # (B, V)
 
 
 @torch.no_grad()
@@ -591,6 +560,7 @@ def stream(model, prompts, max_new_tokens, batch_size, temperature=0.0, top_p=1.
     waiting = sorted(range(N), key=lambda i: len(prompts[i]))                # the next one is the last
     B = min(batch_size, N)
     cache = KVCache(config, B, longest + max_new_tokens, weight.dtype, weight.device)
+    head = partial(few_rows, model.lm_head.weight) if type(model.lm_head) is nn.Linear else None
     hidden = weight.new_zeros(B, config.hidden_size)                         # of the last token of each row
     numbers, free = [0] * B, [*range(B)]                                     # prompts in the rows, rows without one
 
@@ -599,35 +569,29 @@ def stream(model, prompts, max_new_tokens, batch_size, temperature=0.0, top_p=1.
         if prepare:
             prepare([numbers[row] for row in rows])
 
-    was_training = model.training
-    model.eval()
-    try:
-        with packed_linears(model, B, merge=prepare is None):
-            while numbers:
-                if free:
-                    for row in free:
-                        numbers[row] = waiting.pop()
-                    use(free)
-                    hidden[free] = prefill(model, cache, [prompts[numbers[row]] for row in free])
-                    use([*range(len(numbers))])
-                uniform = draws[numbers, [len(new[i]) for i in numbers]].to(weight.device)
-                tokens = sample(model.logits(hidden), temperature, top_p, uniform)
-                free = []
-                for row, (i, token) in enumerate(zip(numbers, tokens.tolist())):
-                    new[i].append(token)
-                    if token in eos_ids or len(new[i]) == max_new_tokens:
-                        free.append(row)
-                        yield i, new[i]
-                if spare := free[len(waiting):]:                             # no prompt is left for these rows
-                    left = [row for row in range(len(numbers)) if row not in spare]
-                    numbers, free = [numbers[row] for row in left], [left.index(row) for row in free[:len(waiting)]]
-                    tokens, hidden = tokens[left], hidden[left]
-                    cache.keep(left)
-                    use(cache.rows)
-                if len(free) < len(numbers):
-                    hidden = model(tokens[:, None], cache=cache)[:, -1]
-    finally:
-        model.train(was_training)
+    while numbers:
+        if free:
+            for row in free:
+                numbers[row] = waiting.pop()
+            use(free)
+            hidden[free] = prefill(model, cache, [prompts[numbers[row]] for row in free])
+            use([*range(len(numbers))])
+        uniform = draws[numbers, [len(new[i]) for i in numbers]].to(weight.device)
+        tokens = sample(model.logits(hidden, head), temperature, top_p, uniform)
+        free = []
+        for row, (i, token) in enumerate(zip(numbers, tokens.tolist())):
+            new[i].append(token)
+            if token in eos_ids or len(new[i]) == max_new_tokens:
+                free.append(row)
+                yield i, new[i]
+        if spare := free[len(waiting):]:                                 # no prompt is left for these rows
+            left = [row for row in range(len(numbers)) if row not in spare]
+            numbers, free = [numbers[row] for row in left], [left.index(row) for row in free[:len(waiting)]]
+            tokens, hidden = tokens[left], hidden[left]
+            cache.keep(left)
+            use(cache.rows)
+        if len(free) < len(numbers):
+            hidden = model(tokens[:, None], cache=cache)[:, -1]
 
 
 def prefill(model, cache, prompts):

@@ -1,15 +1,12 @@
 """Generation: each row as if alone, sampling as its formula says, the same on every run."""
-from types import SimpleNamespace
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoint import load_adapter
 from common import UserError
 from conftest import FAMILY_FIXTURES, FIXTURES, load_fixture
 from lora_moe import add_experts, merge_experts, perturb_experts
-from model import KVCache, generate, packed_linears, packs_linears, sample, stream
+from model import KVCache, few_rows, generate, sample, stream
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [33], [90, 4, 71, 22], [8, 8, 8, 30, 2, 61, 44]]
 
@@ -125,27 +122,11 @@ def test_more_tokens_than_gpt2_has_positions_is_one_clear_line():
     assert len(generate(load_fixture("gpt2"), PROMPTS, 28)[0]) == 28
 
 
-def test_packed_linears_change_no_result_and_leave_no_trace():
-    model, tokens = load_adapter(load_fixture("gpt2"), FIXTURES / "adapter_gpt2"), torch.tensor([PROMPTS[0]])
-    with torch.no_grad():
-        plain = model(tokens)
-        with packed_linears(model, rows=1):
-            torch.testing.assert_close(model(tokens), plain, rtol=1e-4, atol=1e-5)
-        assert torch.equal(model(tokens), plain)
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
-@pytest.mark.parametrize("broken", ("absent", "wrong"))
-def test_without_the_private_operators_the_tokens_are_the_same(broken, monkeypatch):
-    model = load_adapter(load_fixture("gpt2"), FIXTURES / "adapter_gpt2")
-    packed = generate(model, PROMPTS, 10)
-    assert packs_linears()
-    operators = SimpleNamespace() if broken == "absent" else SimpleNamespace(
-        _reorder_linear_weight=lambda weight, rows: weight, _linear_pointwise=lambda x, weight, *_: x @ weight.T + 1)
-    monkeypatch.setattr(torch.ops, "mkldnn", operators)
-    packs_linears.cache_clear()
-    assert not packs_linears() and generate(model, PROMPTS, 10) == packed
-    packs_linears.cache_clear()
+@pytest.mark.parametrize("rows, columns", [(1, 64), (5, 200), (3, 10)])
+def test_few_rows_times_a_weight_is_the_linear_layer(rows, columns):
+    """Also where the columns are no multiple of a block, or fewer."""
+    x, weight = torch.randn(rows, 32), torch.randn(columns, 32)
+    torch.testing.assert_close(few_rows(weight, x), torch.nn.functional.linear(x, weight), rtol=1e-5, atol=1e-5)
 
 
 def test_generate_leaves_training_mode_as_it_was():
