@@ -48,6 +48,13 @@ def check_close(out, other):
         assert relative_error(weights[name], others[name]) < 1e-4, name
 
 
+def test_all_processes_get_equally_many_items_and_each_item_counts_once():
+    for count, items in ((1, 3), (2, 5), (3, 2), (4, 8)):
+        parts = [[*Processes(rank, count).split([*range(items)])] for rank in range(count)]
+        assert len({*map(len, parts)}) == 1
+        assert sorted(item for part in parts for item, counted in part if counted) == [*range(items)]
+
+
 def test_a_step_that_two_processes_share_is_the_step_of_one(place):
     for method in METHODS:
         inputs_of(method)

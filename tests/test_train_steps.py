@@ -120,6 +120,12 @@ def test_no_pass_of_a_step_holds_more_than_its_tokens(seed):
         assert sum(len(set(annotator[part])) for part in passes) == len(pairs_of)
 
 
+def test_a_pair_that_a_step_has_twice_is_two_pairs_to_its_budget():
+    """Shares of groups repeat pairs; sorted by length, the two stand beside each other."""
+    passes = split_step(np.array([1, 0, 1]), 1, np.array([5, 9]), tokens=9)
+    assert [part.tolist() for part in passes] == [[1], [1], [0]]
+
+
 def test_a_batch_without_gradients_holds_few_tokens_too(monkeypatch):
     monkeypatch.setattr(batch_file, "PASS_TOKENS", 30)
     encoded = encoded_of([(1, size) for size in (9, 9, 9, 9, 29, 9)])
