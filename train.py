@@ -46,7 +46,7 @@ def toy_base(seed, device):
         if not toy.is_base(folder, seed, TOY_BASE):
             print(f"making the toy base model, once: {folder}", flush=True)
             with atomic_folder(folder) as made:
-                config = resolve({**TOY_BASE, "seed": seed, "device": device})
+                config = resolve({**TOY_BASE, "seed": seed, "device": device, "log_every": 200})
                 model, demonstrations = toy.make_base(made, seed)
                 train(model.to(device), demonstrations, None, config, made)
                 save_model(model, made)  # in its place, with the tokenizer's files

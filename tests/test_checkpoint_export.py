@@ -90,7 +90,7 @@ def test_what_no_adapter_format_describes_is_refused_in_one_line(quick, flags):
     assert "--export" in line_of(eval_file.main, ["--export", str(out), "--out", "exported"])
     assert not Path("exported").exists()
     if "pmol" in flags:
-        assert "by token" in line_of(eval_file.main, ["--merge", str(out), "--out", "merged"])
+        assert "no routers or gate" in line_of(eval_file.main, ["--merge", str(out), "--out", "merged"])
 
 
 def test_nothing_that_is_there_is_overwritten(quick):
