@@ -258,7 +258,7 @@ def load_score_model(name_or_dir, template=None, dtype="float32", device="cpu"):
     folder = find_folder(name_or_dir)
     kind = (read_config(folder).hf.get("architectures") or ["?"])[0]
     if kind in FAMILIES.values():
-        raise UserError(f"{name_or_dir}: a language model ({kind}); it has no score.weight nor score_head.weight")
+        raise UserError(f"{name_or_dir}: not a score model, but a language model ({kind}): it has no score.weight")
     model = load_model(folder, DTYPES[dtype], device, kind=ScoreModel).eval()
     return model, Tokenizer(model.folder, template or ("alpaca" if model.config.score_name == "score_head" else None))
 

@@ -77,7 +77,7 @@ def test_a_system_turn_under_a_built_in_template_blames_the_template(quick):
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"}]
     path = write_rows(quick / "pairs.jsonl", {"prompt": messages, "chosen": "So.", "rejected": "No."})
     message = wrong(path, "--method", "dpo", "--template", "alpaca")
-    assert message.startswith("--template alpaca") and "system" in message and BASE not in message
+    assert "pairs.jsonl:1: --template alpaca" in message and "system" in message and BASE not in message
 
 
 def test_a_language_model_as_a_score_model_is_called_what_it_is(quick):
