@@ -41,7 +41,7 @@ class Encoded:
     tokens: np.ndarray
     bounds: np.ndarray
     labels: dict = field(default_factory=dict)
-    cut: Counter = field(default_factory=Counter)  # what had to be cut, or tokenised otherwise
+    cut: Counter = field(default_factory=Counter)  # how many were cut, or tokenised apart
     groups: tuple = ()                             # what labels["group"] numbers
 
     def __len__(self):
@@ -52,15 +52,15 @@ class Encoded:
         return self.bounds[:, -1] - self.bounds[:, 0]
 
     def totals(self, indices):
-        """{unit: how many}, of what losses are means over: pairs, their tokens, response tokens, and tokens of pairs
-        with a group."""
+        """{unit: count}, for each unit that a loss averages over: pairs, their tokens, response tokens, and tokens of
+        pairs with a group."""
         bounds, group = self.bounds[indices], self.labels.get("group")
         tokens = bounds[:, -1] - bounds[:, 0]
         return {"pairs": len(bounds), "tokens": tokens.sum(), "responses": (bounds[:, -1] - bounds[:, 1]).sum(),
                 "grouped": 0 if group is None else tokens[group[indices] >= 0].sum()}
 
 
-CHUNK = 2048  # prompts that are tokenised at a time: enough for all cores, little memory
+CHUNK = 2048  # prompts tokenised at a time: enough for all cores, little memory
 
 
 def shorten(pieces, max_len, frame, cut):
@@ -85,8 +85,8 @@ def encode(tokenizer, prompts, responses, max_len, labels=None, ended=itertools.
     """Tokenise prompts, rendered to text, with their responses: a tuple of R texts each; all may be generators.
 
     A response's tokens are those of the joint text: prompt, response and the template's end of a turn. Where the
-    prompt's tokens are no prefix of it, they are tokenised apart, and `cut` counts that. ended: whether each response
-    came to its end; one that did not gets none. `shorten` cuts what is longer than max_len.
+    prompt's tokens are no prefix of these, the response is tokenised apart, and `cut` counts it. ended: whether each
+    response is complete; one that is not gets no end of a turn. `shorten` cuts what is longer than max_len.
     """
     # Arrays of machine integers grow in place; lists, or pieces that are joined at the end, take twice the memory
     tokens, sizes, cut, (lead, end, end_ids) = array("i"), array("q"), Counter(), tokenizer.turn
@@ -135,7 +135,7 @@ def encode_pairs(tokenizer, pairs, max_len, responses=2, groups=()):
 
 
 def show_pair(tokenizer, encoded, index=0):
-    """What the model sees of one pair: its tokens, decoded one by one; those that are trained on stand in [ ]."""
+    """What the model sees of one pair: its tokens, decoded one by one; those of responses are in [ ]."""
     bounds, lines = encoded.bounds[index], []
     for part, (start, end) in enumerate(zip(bounds[:-1], bounds[1:])):
         pieces = [tokenizer.backend.decode([token], skip_special_tokens=False) for token in encoded.tokens[start:end]]
@@ -164,8 +164,8 @@ class Batch:
     lengths: torch.Tensor    # (N, R) response tokens
     inside: torch.Tensor     # (tokens,) flat positions of what is not padding
     labels: dict             # name -> (N, …), as in `Encoded`
-    step_factor: dict        # unit of `Encoded.totals` -> factor of means over it, with which the mean of a step's
-    #                          batches, weighted by their pairs, is the mean over the step
+    step_factor: dict        # unit of `Encoded.totals` -> factor for a batch's mean over it: the batches' means,
+    #                          weighted by their pairs, then average to the mean over the step
 
     @property
     def reference(self):
@@ -183,7 +183,7 @@ class Batch:
         return visible
 
     def to(self, device):
-        """The batch on a device; a GPU gets it from pinned memory, while it goes on computing."""
+        """The batch on a device; a GPU copies it from pinned memory while it computes."""
         def move(value):
             if isinstance(value, dict):
                 return {name: move(entry) for name, entry in value.items()}
@@ -194,7 +194,7 @@ class Batch:
 
 
 def first_fit(lengths, capacity):
-    """Place items into as few rows as first-fit-decreasing finds. Returns [(row, offset)] and the row count."""
+    """Place items in rows by first-fit decreasing, which needs few rows. Returns [(row, offset)] and the row count."""
     free, places = [], [None] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((r for r, space in enumerate(free) if space >= lengths[i]), len(free))
@@ -206,17 +206,17 @@ def first_fit(lengths, capacity):
 
 
 def row_length(lengths):
-    """Tokens per row for these items: those of the longest, or up to a quarter more where rows then hold less padding.
-    Attention's share of a token's cost, which grows with the row, is about T / (T + 1000)."""
+    """Tokens per row for these items: those of the longest, or up to a quarter more if rows then have less padding.
+    A token costs about T + 1000, of which T, the length of its row, is attention's part."""
     longest = max(lengths)
-    tried = range(longest, longest * 5 // 4 + 1, longest // 64 or 1)  # to try all takes as long as a step on a GPU
+    tried = range(longest, longest * 5 // 4 + 1, longest // 64 or 1)  # trying all takes as long as a step on a GPU
     return min(tried, key=lambda T: first_fit(lengths, T)[1] * T * (T + 1000))
 
 
 def pack(encoded, indices, step_totals=None):
     """The Batch of the prompts with these indices.
 
-    step_totals: `encoded.totals` of the optimiser step, or the set, that this batch belongs to (default: it is all).
+    step_totals: `encoded.totals` of the optimiser step, or the set, that this batch belongs to (default: this batch).
     """
     bounds, totals = encoded.bounds[indices], encoded.totals(indices)               # (N, R + 2)
     sizes, lengths = np.diff(bounds), (bounds[:, -1] - bounds[:, 0]).tolist()       # (N, R + 1)
@@ -234,7 +234,7 @@ def pack(encoded, indices, step_totals=None):
     owner = n * (sizes.shape[1] - 1) + j - 1
     last = shift[:, None] + np.where(sizes[:, 1:] > 0, bounds[:, 2:], bounds[:, 1:2]) - 1
     step_totals = step_totals or totals
-    # PMoL's soft loss is a mean over all tokens in which those without a group count 0
+    # PMoL's soft loss is a mean over all tokens; those without a group count as 0
     divisors = {**totals, "grouped": totals["tokens"]}
     rows = (array.reshape(B, T) for array in (tokens, positions, pair, part))
     of_responses = (values[in_response] for values in (predictor, tokens[at], owner))
@@ -249,11 +249,11 @@ def pack(encoded, indices, step_totals=None):
 
 
 def fill(indices, lengths, most_pairs, most_tokens, together=None, at_once=1):
-    """Cut indices, in order, into batches, [index array]: each takes the next pair as long as it then has at most so
-    many pairs and padded tokens; what is more by itself has a batch of its own.
+    """Cut indices, in order, into batches, [index array], greedily: a batch takes the next pair while it has at most
+    most_pairs and most_tokens, padding included. What exceeds these by itself is a batch of its own.
 
-    lengths (count,): tokens of each pair. together (count,): numbers; pairs of the same number are taken as one, in the
-    order of the numbers. at_once: that many batches are filled together, in turn, there and back, and become alike.
+    lengths (count,): tokens of each pair. together (count,): numbers; pairs with the same number stay together, in the
+    order of the numbers. at_once: how many batches are filled in turn, back and forth, so that they become alike.
     """
     def fits(batch):
         sizes = lengths[batch].tolist()
@@ -276,11 +276,11 @@ def fill(indices, lengths, most_pairs, most_tokens, together=None, at_once=1):
 
 
 def split_step(indices, passes, lengths, tokens=0, processes=1, annotator=None):
-    """The pairs of an optimiser step in so many forward passes of equal size, [index array].
+    """The pairs of an optimiser step, split into this number of forward passes of equal size: [index array].
 
-    tokens: a budget of padded tokens, which only a pair that is longer by itself exceeds; there are then more passes, a
-    multiple of the processes, those of like length at a time. annotator (count,): pairs of the same one stay together,
-    so that passes are of unequal size, and there may be fewer.
+    tokens: most padded tokens of a pass, which only a pair that is longer by itself exceeds. Passes are then more, a
+    multiple of the processes, and the processes run passes of similar length at the same time. annotator (count,): an
+    annotator's pairs stay together, so passes differ in size, and there may be fewer.
     """
     if tokens:
         indices = indices[np.argsort(-lengths[indices], kind="stable")]
@@ -290,7 +290,7 @@ def split_step(indices, passes, lengths, tokens=0, processes=1, annotator=None):
     return np.array_split(indices, passes)
 
 
-PASS_TOKENS = 1 << 14  # padded tokens of a forward pass without gradients: it bounds their memory
+PASS_TOKENS = 1 << 14  # most padded tokens of a forward pass without gradients: a bound on its memory
 
 
 def batch_indices(encoded, batch_size, longest_first=True, together=None):
@@ -336,8 +336,8 @@ CHUNK_BYTES = 64 << 20  # float32 logits held at a time; beyond this, larger chu
 
 
 class FrozenHeadLogps(torch.autograd.Function):
-    """log π of each target under a frozen head, with its gradient in the state computed beside it: (rows, D), all that
-    the backward pass needs, so logits are neither kept nor computed twice."""
+    """log π of each target under a frozen head. The forward pass also computes its gradient in the states, (rows, D),
+    which is all that the backward pass needs: logits are neither kept nor computed twice."""
 
     @staticmethod
     def forward(ctx, head, states, target):

@@ -167,8 +167,8 @@ class Tokenizer:
     @cached_property
     def turn(self):
         """(lead, end, ids of end): what the template puts before and after an answer of the assistant, found by
-        rendering a dialogue with one; the end is all up to the first special token and the white space after it. Where
-        no special token ends it, end is "" and its ids are EOS."""
+        rendering a dialogue with one. The end runs to the first special token and the white space after it. Without a
+        special token, end is "" and its ids are EOS."""
         dialogue = [{"role": "user", "content": "1 b"}, {"role": "assistant", "content": "answer"}]
         try:
             before, answer, end = self.render(dialogue, generation=False).rpartition("answer")

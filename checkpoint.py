@@ -1,8 +1,8 @@
 """Weights on disk: Hugging Face models, PEFT adapters, mixtures of experts, and what a run has trained.
 
 Read in this order: a model's folder and files, names and layouts of tensors, `load_model` and `save_model`; adapters
-and mixtures; the weights of runs, and log-probs that are kept. Sharded weights are gathered by all processes together:
-all call the functions that have a flag `write`, and those for which it is false write nothing.
+and mixtures; the weights of runs, and cached log-probs. Sharded weights are gathered by all processes together: all
+of them call the functions with a flag `write`, and only those for which it is true write.
 """
 import json
 import math
@@ -104,8 +104,8 @@ def read_tensors(path, dtype=None):
 
 
 def read_safetensors(path, dtype):
-    """Yield (path, name, tensor), read through a small buffer into memory of its own. The library's tensors are a map
-    of the file: its pages would stay in memory beside every converted copy, and weights would change with the file."""
+    """Yield (path, name, tensor), read through a small buffer into memory of its own. The library maps the file
+    instead: its pages would stay in memory beside every converted copy, and weights would change with the file."""
     with safe_open(path, framework="pt"):
         pass  # checks the header: sizes, overlaps, the length of the file
     buffer = torch.empty(2 ** 22, dtype=torch.uint8)
@@ -128,8 +128,8 @@ def read_safetensors(path, dtype):
 
 
 def check_tensors(tensors, shapes, where):
-    """Yield (name, tensor) of (path, name, tensor) as they come. Raises UserError naming the file and a tensor that is
-    not in `shapes`, {name: shape}, or of another shape and, at the end, `where` and one that has not come."""
+    """Yield (name, tensor) of each (path, name, tensor). Raises UserError naming the file and a tensor that is not in
+    `shapes`, {name: shape}, or has another shape; at the end, naming `where` and a tensor that is missing."""
     missing = set(shapes)
     for path, name, tensor in tensors:
         if name not in shapes:
@@ -177,7 +177,7 @@ def shard(modules, mesh, ignored=()):
     for module in modules:
         fully_shard(module, mesh=mesh, ignored_params=set(ignored))
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # the other way of not dividing is NCCL's alone
+        module.set_force_sum_reduction_for_comms(True)  # the other way to avoid dividing is NCCL's alone
         module.register_forward_hook(lambda *_: torch.clear_autocast_cache())  # it would keep a copy of every weight
 
 
@@ -285,8 +285,8 @@ def peft_modules(model):
 
 
 def fuse(layers, number):
-    """A (R, D_in) and B (D_out, R) of expert `number` in a PEFT layer that is several of ours, None being one without
-    experts. In an adapter that was loaded, GPT-2's q, k and v share one A. Where they were trained apart, A stacks
+    """A (R, D_in) and B (D_out, R) of expert `number` in a PEFT layer that joins several of ours; None is one without
+    experts. In an adapter that was loaded, GPT-2's q, k and v share one A. If they were trained apart, A stacks
     theirs and B is block-diagonal."""
     experts = [layer and (layer.lora_A.detach().unflatten(0, (-1, layer.rank))[number],
                           layer.lora_B.detach().unflatten(1, (-1, layer.rank))[:, number]) for layer in layers]
@@ -494,13 +494,13 @@ def load_policy(run, dtype="float32", device="cpu"):
 
 
 def load_start(config, dtype="float32", device="cpu"):
-    """The model that a run started from, by its settings: its base, with the adapter that it went on from, if one."""
+    """The model that a run started from, by its settings: its base, with the adapter that it continued from, if any."""
     model = load_model(config["base"], DTYPES[dtype], device)
     return load_adapter(model, *started_from(config)) if started_from(config) else model
 
 
 def started_from(config):
-    """The adapter that a run went on from, in a sequence; several are experts that it was made of."""
+    """The adapter that a run continued from, in a tuple. Several adapters are its experts, and give ()."""
     return config["init_adapter"] if len(config["init_adapter"]) == 1 else ()
 
 
@@ -535,7 +535,7 @@ def response_logps(model, encoded, batch_size, dtype, device, processes):
 
 def cached_logps(model, encoded, dtype, device, processes):
     """`response_logps` of a model as it is, kept under out/cache by a hash of all that they depend on: weights, experts
-    in use, tokens and precision. Every run that needs the same finds them."""
+    in use, tokens and precision. Other runs that need the same reuse them."""
     path = CACHE / f"logps-{content_hash(dtype, weights_hash(model), encoded.tokens, encoded.bounds)}.safetensors"
     if processes.run_once(path.is_file):
         return load_file(path)["logps"]

@@ -1,4 +1,4 @@
-"""What any room may need: errors of users, checked JSON, whole files, hashes, and command-line flags."""
+"""What any of the files may need: user errors, checked JSON, atomic files, hashes, and command-line flags."""
 import argparse
 import difflib
 import hashlib
@@ -25,7 +25,7 @@ from tqdm import tqdm
 class UserError(Exception):
     """A mistake of the person at the keyboard: shown as one line, without a traceback."""
 
-    def __init__(self, message):  # what it quotes from a file may be of any length, and hold what a terminal obeys
+    def __init__(self, message):  # text quoted from a file may be long, and hold control characters
         line = "".join(character if character.isprintable() else " " for character in message)
         super().__init__(line if len(line) <= 1000 else f"{line[:700]} … {line[-200:]}")
 
@@ -61,7 +61,7 @@ KINDS = {  # of values in files: what a message calls them, and whether a value 
 NOT_JSON = (ValueError, RecursionError)  # not UTF-8, not JSON, a number of thousands of digits, deeply nested
 BROKEN = (SafetensorError, UnpicklingError, struct.error, RuntimeError, OSError, EOFError, AttributeError,
           ValueError, TypeError, LookupError, AssertionError, MemoryError)  # what reading damaged weights raises
-HUB_FAILED = (HTTPError, OSError)  # also where it lacks something, or is out of reach
+HUB_FAILED = (HTTPError, OSError)  # also if it lacks the file, or is out of reach
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CACHE = Path("out/cache")  # may be deleted at any time; a file's name has a hash of all that the file depends on
 
@@ -176,7 +176,7 @@ def whole_rows(path):
 
 @contextmanager
 def appending(path):
-    """Go on with a .jsonl file, or begin it: yields the number of its rows, and a function that appends rows, each call
+    """Continue a .jsonl file, or begin one: yields the number of its rows, and a function that appends rows, each call
     in one piece, as other processes may append too. A line that a kill cut short is removed first."""
     def append(*rows):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -190,7 +190,7 @@ def appending(path):
 
 
 def hash_bytes(*pieces, size=16):
-    """Hash of these bytes, one piece after the other: so many bytes, as hex digits."""
+    """Hash of these bytes, one piece after the other, as hex digits; size: its bytes."""
     digest = hashlib.blake2b(digest_size=size)
     for piece in pieces:
         digest.update(piece)

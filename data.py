@@ -31,7 +31,7 @@ class Comparison:
     group: str = ""                    # the preference or annotator that the labels belong to
     scores: dict = field(default_factory=dict)  # name of a score model -> its scores of the two responses
     ended: tuple = (True, True)        # False for a response that was cut before its end
-    later_turns: int = 0               # of the assistant, in the dialogue that this turn is from
+    later_turns: int = 0               # turns of the assistant after this one in its dialogue
     row: str = ""                      # file:line
 
 
@@ -50,12 +50,12 @@ class Pair:
 
 
 # Rows of a file: a parser for each layout takes a row and returns the prompt, the responses and a list of
-# (numbers of the one or two responses that are compared, labels). It raises UserError at what is wrong.
+# (numbers of the one or two responses that are compared, labels). It raises UserError for a wrong row.
 MAX_LINE = 4 << 20  # bytes; a longer line is not one comparison, and is not read into memory
 
 
 def get(row, name, kind, absent=None):
-    """row[name], checked to be of a kind in KINDS. absent: the value of a field that a row need not have."""
+    """row[name], checked to be of a kind in KINDS. absent: the value where an optional field is missing."""
     if absent is not None and row.get(name) is None:
         return absent
     if name not in row:
@@ -120,8 +120,8 @@ ASPECTS = ("helpfulness", "honesty", "truthfulness", "instruction_following")
 
 
 def parse_ultrafeedback(row):
-    """UltraFeedback: for each aspect, the best rated completion against the worst; none where all are rated alike. All
-    six pairs of an aspect would repeat the same texts. Ratings are text, "N/A" where there is none."""
+    """UltraFeedback: for each aspect, the best rated completion against the worst (all six pairs would repeat the same
+    texts); none where all are rated alike. Ratings are text, "N/A" where there is none."""
     prompt, completions = get_prompt(row, "instruction"), get(row, "completions", "a list of objects")
     responses, labels = tuple(get(completion, "response", "text") for completion in completions), []
     for aspect in ASPECTS:
@@ -241,7 +241,7 @@ def read_rows(paths, counts, skip_bad_rows=False):
 
 
 # Sources: where files are, which comparisons are held out; labels that are missing, and label noise
-# name: (dataset on the hub, pattern of the files in it that are meant)
+# name: (dataset on the hub, pattern of the files to take from it)
 SOURCES = {"pku-saferlhf": ("PKU-Alignment/PKU-SafeRLHF", ""),
            "pku-saferlhf-30k": ("PKU-Alignment/PKU-SafeRLHF-30K", ""),
            "pku-saferlhf-10k": ("PKU-Alignment/PKU-SafeRLHF-10K", ""), "hh-rlhf": ("Anthropic/hh-rlhf", ""),
@@ -377,7 +377,7 @@ def flip_labels(comparisons, flip_safety, flip_preference, seed):
     return f"label noise: {draws[:, :2].sum()} safety flags and {draws[:, 2].sum()} preferences flipped"
 
 
-# Views: a comparison -> (what became of it, its Pair or None). A new one is a function with its labels above it
+# Views: a comparison -> (what became of it, its Pair or None). `@view` above a function names the labels it needs
 VIEWS = {}
 
 
@@ -392,7 +392,7 @@ def view(name, needs=(), score="reward"):
 
 
 def score_margin(score, chosen, rejected):
-    """SPE-DPO's m = max(0, s(chosen) - s(rejected)) of two values of the named score, s being minus a cost
+    """SPE-DPO's m = max(0, s(chosen) - s(rejected)) by the named score, where s is minus the cost for a cost
     (arXiv 2506.02460): 0 where the score orders the two the other way."""
     return max(0.0, rejected - chosen if score == "cost" else chosen - rejected)
 

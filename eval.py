@@ -311,7 +311,7 @@ class Settings(SharedFlags):
     temperature: float = setting(0.7, "of the answers", least=0)
     top_p: float = setting(0.9, "share of the probability that their tokens are drawn from", above=0, most=1)
     use: str = setting("mixture", "how a mixture answers: mixture, sparse (its likeliest expert) or an expert's number")
-    users: str = setting("", "name, or its beginning, of the users whom a gate on users answers (default: the average)")
+    users: str = setting("", "users that a user gate answers for, by name or its beginning (default: the average)")
     baseline: str = setting("", "row that wins are counted against: a run (default: the model that they started from)")
     scale: tuple = setting((), "BASE,HELPFUL: rows whose mean reward becomes 0 and 10", read=source_names)
     judge: str = setting("", "address of a judge with OpenAI's interface, ending in /v1; its key: JUDGE_API_KEY")

@@ -1,4 +1,4 @@
-"""Whoever judges an answer: a refusal rule, score models, a model behind HTTP; preference data scored or made."""
+"""Judges of answers: a refusal rule, score models, a model over HTTP. Preference data, scored or made."""
 import importlib
 import itertools
 import json
@@ -47,7 +47,7 @@ def refuses(text):
 
 
 def repeats(ids):
-    """True if eight tokens in a row come three times."""
+    """True if the same eight tokens in a row occur three times."""
     return max(Counter(zip(*(ids[k:] for k in range(8)))).values(), default=0) >= 3
 
 
@@ -130,8 +130,8 @@ def read_verdict(text, keys):
 
 
 class Judge:
-    """A model behind an OpenAI-compatible address, asked at temperature 0. Its key comes from JUDGE_API_KEY and stands
-    in no file and no message. Verdicts are kept under out/cache by the hash of their request: nothing is asked twice.
+    """A model behind an OpenAI-compatible address, asked at temperature 0. The key comes from JUDGE_API_KEY; no file
+    and no message has it. Verdicts are kept under out/cache by the hash of their request: nothing is asked twice.
     tally: requests, those that were asked now, replies that could not be read, and requests that failed."""
     TRIES, PAUSE, AT_ONCE, SECONDS = 6, 1.0, 8, 60
 

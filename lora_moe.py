@@ -1,6 +1,6 @@
 """LoRA experts over a frozen model, K low-rank pairs per linear layer in two matrix products, and their routers.
 
-With every expert a pair (A_k: R×D_in, B_k: D_out×R), stacked to A: (K·R)×D_in and B: D_out×(K·R),
+Every expert is a pair (A_k: R×D_in, B_k: D_out×R). Stacked, they are A: (K·R)×D_in and B: D_out×(K·R), so that
 
     W x + scale · Σ_k w_k B_k A_k x  =  W x + scale · B (w̃ ⊙ (A x)),   w̃ repeating each w_k R times.
 
@@ -31,7 +31,7 @@ class Router(nn.Module):
     """Weights of the experts in one layer. A new kind is a subclass and its name in ROUTERS. forward(x) gives the
     probabilities of the experts for each token, (..., K), or (..., K + 1) with an empty expert; losses and reports read
     them. mix(probabilities) gives the weights by which the experts' outputs are summed: the same numbers, except in a
-    router that chooses experts, such as the best two. spec: the settings that `make_router` makes the same router from.
+    router that chooses experts, such as the best two. spec: the settings from which `make_router` makes it again.
     """
 
     def __init__(self, **spec):
@@ -249,7 +249,7 @@ def set_routers(model, spec, seed=0):
 
 @torch.no_grad()
 def perturb_experts(model, deviation, seed=0):
-    """Add normal noise of this standard deviation to every expert's B, so that equal experts start apart."""
+    """Add normal noise of this standard deviation to every expert's B, so that experts do not start equal."""
     generator = torch.Generator().manual_seed(seed)
     for layer in expert_layers(model).values():
         layer.lora_B += torch.normal(0.0, deviation, layer.lora_B.shape, generator=generator).to(layer.lora_B.device)
@@ -260,7 +260,7 @@ def perturb_experts(model, deviation, seed=0):
 def add_head_copies(model, num_experts, seed=0):
     """K full copies of the head as experts on one trunk (arXiv 2510.08256, Case 1). Returns the model. Copy k is
     W + B_k A_k with a fixed random rotation A_k, so B_k can learn any difference. Copies start equal; with A_k = I they
-    would also get equal gradients and never part."""
+    would also get equal gradients and stay equal."""
     width = model.config.hidden_size
     layer = add_experts(model, ["lm_head"], width, width, num_experts, seed=seed).lm_head
     rotations = torch.linalg.qr(layer.lora_A.view(-1, width, width)).Q                  # (K, D, D)
@@ -300,7 +300,7 @@ def select_modules(targets, names, where="lora_targets"):
 
 
 def matches(pattern, name, where):
-    """True if a regular expression matches the whole name. Raises UserError if it is none, or may take for ever."""
+    """True if a regular expression matches the whole name. Raises UserError if it is not valid, or may never end."""
     with one_line(f"{where}: {pattern!r:.60} cannot be used as a regular expression",
                   (re.error, OverflowError, RecursionError)):
         if re.search(r"\)[*+{]", pattern):
@@ -319,8 +319,8 @@ def use_expert(model, number):
 
 
 def expert_logps(model, batch):
-    """log π_k(y|x) of every expert policy on a packed batch: (K, N, R), float32, in nats. One forward pass: with each
-    row repeated K times, or, where the experts are heads, with the trunk's rows once."""
+    """log π_k(y|x) of every expert policy on a packed batch: (K, N, R), float32, in nats. One forward pass, on K
+    copies of the rows or, where the experts are heads, through the trunk once."""
     K, experts = count_experts(model), expert_layers(model)
     if list(experts) == ["lm_head"]:
         hidden = model(batch.tokens, batch.positions, batch.mask())                     # (B, T, D)
@@ -387,7 +387,7 @@ def choose_experts(model, tokenizer, prompts, use="mixture", users="", seed=0):
 
 
 def trainable_parameters(model):
-    """[(name, parameter)] of what the optimiser moves: the experts, or all weights where there are none."""
+    """[(name, parameter)] of what the optimiser updates: the experts, or all weights where there are none."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
@@ -417,8 +417,8 @@ def is_mixture(name):
 
 @torch.no_grad()
 def gate_report(model):
-    """{"kind", "experts": their names, "weights": of the experts for all or, of a gate on users, for an unknown user,
-    "users": {user: weights}}; a gate on prompts has instead "weight" (D, K) and "bias": its weights are softmax(mean
+    """{"kind", "experts": names, "weights": the experts' weights, for a user gate those of an unknown user, "users":
+    {user: weights}}. A prompt gate has "weight" (D, K) and "bias" in their place: the experts' weights are softmax(mean
     hidden state of the prompt under the base · weight + bias)."""
     gate, users = model.gate, model.gate.spec["groups"]
     report = {"kind": gate.kind, "experts": [f"expert-{k}" for k in range(len(gate.bias))]}

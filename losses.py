@@ -68,7 +68,7 @@ def spe_dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, margi
 def router_l1(safety, helpfulness):
     """MidPO's L1 term: mean over layers and tokens of |α| + |γ − 1| (arXiv 2506.02460, Section 3.2).
 
-    safety α, helpfulness γ: (L, tokens), the weights of the two experts. It pulls to "helpfulness on, safety off".
+    safety α, helpfulness γ: (L, tokens), the experts' weights. It pulls towards "helpfulness on, safety off".
     """
     return (safety.abs() + (helpfulness - 1).abs()).mean()
 
@@ -123,7 +123,7 @@ def moe_dpo_loss(policy_logps, ref_logps, log_gate, beta, objective="elbo", anno
             prior, evidence = (same @ log_gate / count).log_softmax(-1), same @ fit
         log_q = ((prior + evidence).detach() / q_temperature).log_softmax(-1)
         q = log_q.exp()
-        loss = (q * (log_q - prior - evidence) / count).sum(-1)               # annotators add up over their pairs
+        loss = (q * (log_q - prior - evidence) / count).sum(-1)               # an annotator's pairs add up to one loss
     gate, reward_margin = log_gate.detach().exp(), reward_margin.detach()
     likelihood = (log_gate + fit).detach().logsumexp(-1)
     metrics = {"log_likelihood": likelihood.mean(), "rewards/margins": (gate * reward_margin).sum(-1).mean(),

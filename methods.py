@@ -50,15 +50,15 @@ class Method:
     view: str
     loss: Callable
     build: Callable = build_policy
-    reads: tuple = ()             # the flags that it reads and not every method does
+    reads: tuple = ()             # the flags that it reads, besides those that every method reads
     responses: int = 2            # 1: only the chosen response is trained on
     unit: str = "pairs"           # the word for what it trains on
     reference: str = "start"      # the policy that the loss compares with: the start, the base below it, or "" for none
-    labels: tuple = ()            # of Pair, without which the loss is not defined
+    labels: tuple = ()            # fields of Pair that the loss needs
     preset: dict = field(default_factory=dict)  # settings that differ from the defaults in Config, as on a command line
     toy: dict = field(default_factory=dict)     # … and on a toy model from those in TOY
     needs_experts: bool = False   # it cannot train all weights
-    adapters: int = 1             # how many --init_adapter starts from; 0: one for each expert
+    adapters: int = 1             # how many adapters --init_adapter takes; 0: one for each expert
     check: Callable = lambda config: None                    # raises UserError for settings that do not fit together
     prerequisites: Callable = lambda config: ([], {})        # runs before this one; settings that name their results
     settle: Callable = lambda config, groups: config         # settings that depend on the data
@@ -67,8 +67,8 @@ class Method:
     report: Callable | None = None                           # diagnostics of the trained model, for experts.json
 
 
-# TOY was chosen on the development split. For other models the defaults in Config are those of SafeDPO's paper, LoRA's
-# rate MidPO's; a preset says whose it is. The papers' batches are 8 or 4 pairs on each of several GPUs (--grad_accum).
+# TOY was chosen on the development split. For other models the defaults in Config are SafeDPO's, LoRA's rate MidPO's;
+# a preset names its source. The papers' batches are 8 or 4 pairs on each of several GPUs (--grad_accum).
 TOY = {"epochs": 2, "lora_rank": 16, "lr": lambda v: 1.6e-4 if v["lora_rank"] else 1.6e-5}
 DEPENDENT = {  # defaults that depend on other settings, for every method
     "lr": lambda v: 1e-5 if v["lora_rank"] else 1e-6, "lora_alpha": lambda v: 2.0 * v["lora_rank"] or None,
@@ -144,8 +144,8 @@ METHODS["reward"] = Method("helpful", reward, **SCORE_MODEL)
 METHODS["cost"] = Method("cost", cost, **SCORE_MODEL, labels=("chosen_unsafe", "rejected_unsafe"))
 
 
-# SPE-DPO and MidPO (arXiv 2506.02460): an expert for safety and one for helpfulness, each by DPO with a margin m of a
-# score model; then, both frozen, a router in every layer learns by DPO on D_dual how much of each a token gets.
+# SPE-DPO and MidPO (arXiv 2506.02460): an expert for safety, another for helpfulness, each trained by DPO with a margin
+# m of a score model. Then both are frozen; a router in every layer learns their weights per token, by DPO on D_dual.
 
 
 def spe_dpo(model, batch, config):
@@ -202,12 +202,12 @@ METHODS["midpo"] = Method(
     toy={"lr": 3e-4, "epochs": 6, "router_hidden": 64, "harmful_share": 0.7})
 
 
-# PMoL (arXiv 2411.01245): K experts and an empty one in every wrapped layer under a softmax router, trained together by
+# PMoL (arXiv 2411.01245): every wrapped layer has K experts, an empty one and a softmax router, all trained together by
 # DPO on mixed preferences. A soft loss sends each preference's tokens to its own group of experts.
 
 
 def settle_pmol(config, groups):
-    """--groups and --experts by the preferences of the data. Raises UserError where they do not fit them."""
+    """Fill in --groups and --experts from the data's preferences. Raises UserError where they do not fit."""
     if not groups:
         raise UserError("--method pmol: these comparisons do not say which preference they belong to")
     config = replace(config, groups=config.groups or tuple((name, None) for name in groups),
@@ -277,7 +277,7 @@ def build_mixture(config, model, groups):
 
 def moe_dpo(model, batch, config):
     logps, log_gate = mixture_logps(model, batch)
-    with torch.autocast(logps.device.type, enabled=False):  # sums over an annotator's pairs are a product
+    with torch.autocast(logps.device.type, enabled=False):  # sums over an annotator's pairs are a matrix product
         return losses.moe_dpo_loss(logps, batch.reference, log_gate, config.beta, config.objective,
                                    batch.labels.get("annotator"), config.q_temperature[0])
 
@@ -311,7 +311,7 @@ MIXTURE = dict(build=build_mixture, needs_experts=True, adapters=0, check=check_
                schedule=anneal, report=mixture_report,
                reads=("init_adapter", "beta", "experts", "share", "gate", "expert_noise", "references", "objective",
                       "latent", "q_temperature", "router_lr"))
-# The poster gives no rates. Ours: experts part, and a learned gate leaves 1/K, within a few hundred steps of 8 pairs
+# The poster gives no rates. With ours, experts differ and a learned gate leaves 1/K in a few hundred steps of 8 pairs
 LORA_MIXTURE = {"lora_rank": 16, "lr": 1e-4, "router_lr": 100.0, "experts": lambda v: len(v["init_adapter"]) or 2,
                 "lora_targets": lambda v: "lm_head" if v["share"] == "trunk" else "down_proj"}
 TWO_TASTES = {"groups": "warmth,curtness", "annotators": 100, "beta": 0.3, "lr": 2e-4, "router_lr": 100.0}
@@ -398,7 +398,7 @@ class Config(SharedFlags):
     checkpointing: bool = setting(False, "recompute layers in the backward pass: less memory, more time", free=True)
     low_memory: bool = setting(False, "train all weights in 6 bytes each, not 16: bfloat16, rounded stochastically")
     out: str = setting("out/safedpo", "run folder", "run", free=True)
-    resume: bool = setting(False, "go on from the run folder's checkpoint, if any; leave a finished run", free=True)
+    resume: bool = setting(False, "continue from the run folder's checkpoint, if any; keep a finished run", free=True)
     overwrite: bool = setting(False, "train anew though the run folder has a finished run or a checkpoint, which stays "
                                      "until the new run is finished", free=True)
     save_every: int = setting(0, "steps between checkpoints; 0: by time and when interrupted", free=True, least=0)
@@ -428,7 +428,7 @@ class Config(SharedFlags):
 
 # May change when a run is resumed; batch_size and grad_accum only as pairs_per_step stays what it is
 FREE = {flag.name for flag in fields(Config) if flag.metadata["free"]}
-# Flags that a run reads only in part: (flags, when they are not read, why)
+# Flags that not every run reads: (flags, when they are not read, why)
 NOT_READ = (
     (("lora_targets",), lambda v: v["share"], "--share trunk has its experts in the head"),
     (("lora_alpha", "lora_targets"), lambda v: not v["lora_rank"] and not v["share"], "--lora_rank 0: no experts"),
@@ -439,7 +439,7 @@ NOT_READ = (
      "it is for training all weights (--lora_rank 0); experts stay in float32"),
     (("dtype",), lambda v: v["low_memory"] and v["dtype"] == "float32", "--low_memory has bfloat16 weights"),
     (("grad_accum", "grad_clip", "batch_tokens"), lambda v: v["low_memory"],
-     "--low_memory uses a gradient as it comes and keeps none"),
+     "--low_memory uses each gradient at once and keeps none"),
     (("fsdp",), lambda v: v["low_memory"], "--low_memory is for weights that one process holds"),
     (("annotators",), lambda v: v["data"] != ("toy",) or not v["groups"], "only toy preferences have annotators"),
     (("harmful_share",), lambda v: v["data"] != ("toy",) or v["groups"], "only toy data without --groups has it"),
@@ -482,7 +482,7 @@ def resolve(given, inherited=None):
         adapter = read_adapter_config(Path(values["init_adapter"][0]) / "adapter_config.json")
         values |= {"lora_rank": adapter["r"], "lora_alpha": adapter["lora_alpha"],
                    "lora_targets": adapter["target_modules"]}
-    for flag in fields(Config):  # in their order: a default reads what stands before it, and what was typed
+    for flag in fields(Config):  # in order: a default may read earlier fields, and what was typed
         value = values[flag.name](values) if callable(values[flag.name]) else values[flag.name]
         values[flag.name] = flag.metadata["read"](value) if flag.metadata["read"] and isinstance(value, str) else value
     check_values(Config, values)
@@ -512,7 +512,7 @@ OWN = {"method", "view", "out", "epochs", "lr", "weight_decay", "lora_rank", "lo
 
 
 def prerequisite(config, method, folder, **changes):
-    """The Config of a run in a folder under this run's: kept, or gone on with, where its settings are these."""
+    """The Config of a prerequisite run, in a folder under this run's; with the same settings it is kept or resumed."""
     inherited = {flag.name: getattr(config, flag.name) for flag in fields(Config)
                  if flag.name not in OWN and {config.method, method} <= set(readers(flag.name))}
     return resolve({}, {**inherited, "method": method, "out": f"{config.out}/{folder}", "resume": True,

@@ -44,7 +44,7 @@ CONFIG_KEYS = {  # of config.json; layers take memory as soon as they are made, 
     "text": "model_type hidden_act hidden_activation activation_function dtype torch_dtype score_type type rope_type",
     "a list of texts": "architectures layer_types", "an object": "rope_parameters rope_scaling",
     "token ids": "eos_token_id"}
-NULL_IS_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # of other keys, the default
+NULL_IS_OFF = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")  # for other keys: the default
 
 
 @dataclass
@@ -61,7 +61,7 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_positions: float             # of a table of learned positions; RoPE has no last one
+    max_positions: float             # rows of the table of learned positions; infinite for RoPE
     norm_eps: float
     activation: str = "silu"
     rope_theta: float = 10000.0
@@ -77,7 +77,7 @@ class ModelConfig:
     gated_mlp: bool = True           # down(act(gate(x)) * up(x)); GPT-2 has down(act(up(x)))
     layer_norm: bool = False         # LayerNorm with bias instead of RMSNorm (gpt2)
     norm_offset: float = 0.0         # RMSNorm multiplies by (offset + weight); 1 in gemma
-    post_norms: bool = False         # a norm behind attention and MLP as well (gemma2)
+    post_norms: bool = False         # a norm after attention and after the MLP as well (gemma2)
     scale_embedding: bool = False    # embeddings times sqrt(D) (gemma)
     learned_positions: bool = False  # a table of positions instead of RoPE (gpt2)
     attention_scale: float = 0.0     # multiplies query·key; 0 means 1/sqrt(C)
@@ -105,7 +105,7 @@ class ModelConfig:
             ours = cls._from_gpt2(c) if kind == "gpt2" else cls._from_llama_like(kind, c, rope)
             ours.activation = activation or ours.activation
             ours.rope_scaling = {} if rope_type == "default" else {**rope, "rope_type": rope_type}
-            rope_frequencies(ours)  # here, so that a number that its scaling lacks is a KeyError now
+            rope_frequencies(ours)  # here, so that a number missing in its scaling is a KeyError now
         except KeyError as missing:
             raise UserError(f"{path}: {missing} is missing") from None
         wrong = ("num_attention_heads is no multiple of num_key_value_heads" if ours.num_heads % ours.num_kv_heads else
@@ -259,14 +259,14 @@ def dense_mask(visible, B, T, S, device):
 
 def within(window, visible, positions, keys):
     """`visible`, cut to keys that are less than `window` positions back. positions: (B, T); keys: theirs, (B, S)."""
-    start = positions - window  # kernels that capture tensors alone serve every window
+    start = positions - window  # a kernel that captures only tensors serves every window
     return lambda row, head, query, key: visible(row, head, query, key) & (keys[row, key] > start[row, query])
 
 
 def compile_once(function, **options):
-    """torch.compile for all sizes of its tensors: once for a single row and once for more of them."""
+    """torch.compile for all sizes of tensors, in two compilations: for batches of one row, and of several."""
     torch._dynamo.config.specialize_float = True             # numbers are constants of the kernels
-    torch.fx.experimental._config.use_duck_shape = False     # sizes that are equal today may differ tomorrow
+    torch.fx.experimental._config.use_duck_shape = False     # sizes that are equal in one call may differ in the next
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True  # layers may keep what they computed
     return torch.compile(function, dynamic=True, **options)
 
@@ -353,7 +353,7 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = make_norm(config)  # before the MLP; in gemma2, behind attention
+        self.post_attention_layernorm = make_norm(config)  # before the MLP; in gemma2, after attention
         self.mlp = MLP(config)
         self.post_norms = config.post_norms
         if config.post_norms:
@@ -545,8 +545,8 @@ def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, eos_ids
 @torch.no_grad()
 def stream(model, prompts, max_new_tokens, batch_size, temperature=0.0, top_p=1.0, eos_ids=(), seed=0, prepare=None):
     """`generate`, batch_size rows at a time: yield (number of the prompt, its new tokens) as each one ends; the next
-    prompt, from the longest to the shortest, takes its row. prepare(numbers): called when the rows that the model is
-    about to see are those of other prompts."""
+    prompt, from the longest to the shortest, takes its row. prepare(numbers): called
+    whenever other rows are about to run, with the numbers of their prompts."""
     N, longest, config = len(prompts), max(map(len, prompts), default=0), model.config
     assert all(map(len, prompts)), "a prompt has at least one token"
     if longest + max_new_tokens > config.max_positions:

@@ -55,7 +55,7 @@ def win_rate(outcomes, seed=0):
 
 def markdown_table(rows, columns, better=()):
     """Markdown table of {row name: metrics}: mean ± standard error, an empty cell for nan. columns: {key: heading};
-    better: {key: 1 or -1}, columns whose best cell is bold if no other lies within its and its own standard error."""
+    better: {key: 1 or -1}, columns whose best cell is bold if it leads by more than the two standard errors."""
     def cell(row, key):
         text = "" if math.isnan(row[key]) else f"{row[key]:.3f} ± {row[f'{key}_se']:.3f}"
         gaps = [better[key] * (row[key] - other[key]) - row[f"{key}_se"] - other[f"{key}_se"] for other in rows.values()
@@ -170,11 +170,11 @@ def expert_margins(model, encoded, beta, batch_size, dtype="float32"):
 
 def mixture_report(model, encoded, held_out, types, beta, batch_size, dtype="float32"):
     """Diagnostics of a trained mixture: (report, text for a terminal, with a warning for each way its experts failed to
-    specialise). types: of each annotator in encoded.groups, which training does not read.
+    specialise). types: the type of each of encoded.groups, which training does not read.
 
     report: "responsibility" of each expert; "recovered": the share of annotators whose responsible expert, by their
     pairs, is that of their type, under the best assignment of experts to types; with held-out pairs (or None),
-    "accuracy": {type: [share of its pairs that each expert orders rightly]}, "held_out": {type: number of its pairs}.
+    "accuracy": {type: [share of its pairs that each expert orders correctly]}, "held_out": {type: number of its pairs}.
     """
     margins, log_gate = expert_margins(model, encoded, beta, batch_size, dtype)
     group = torch.from_numpy(encoded.labels["group"])                                         # (N,), -1: no annotator
@@ -211,7 +211,7 @@ def mixture_table(report):
     cells = [[name, *(f"{number:.3f}" for number in numbers)] for name, numbers in rows.items()]
     lines = [aligned([["expert", *map(str, range(len(cells[0]) - 1))], *cells]),
              "responsibility: share of the training pairs that the expert accounts for",
-             "accuracy: share of the n held-out pairs of an annotator type that the expert by itself orders rightly"]
+             "accuracy: share of the n held-out pairs of an annotator type that the expert alone orders correctly"]
     if "recovered" in report:
         lines.append(f"recovered, {report['recovered']:.3f}: share of annotators whose expert is that of their type")
     return "\n".join(lines)
@@ -219,7 +219,7 @@ def mixture_table(report):
 
 def run_names(configs):
     """{run: config.json} -> {run: what sets it apart}: its method, if there are several, and the settings in which runs
-    of its method differ, but for those that change no weights and for folders of its prerequisites; or its folder."""
+    of its method differ, except folders and those that change no weights. Runs of the same name get their folders."""
     names = {}
     for run, config in configs.items():
         peers = [other for other in configs.values() if other["method"] == config["method"]]

@@ -25,8 +25,8 @@ from common import (BROKEN, UserError, atomic_folder, first_line, gathered, is_s
 
 @dataclass(frozen=True)
 class Processes:
-    """The rank of this process among `count` of them. All of them call a method, in the same order; it raises UserError
-    in those that are left when one has died."""
+    """The rank of this process among `count` of them. All of them call a method, in the same order. If one dies, the
+    method raises UserError in the others."""
     rank: int = 0
     count: int = 1
 
@@ -49,13 +49,13 @@ class Processes:
             return distributed.device_mesh.init_device_mesh(torch.device(device).type, (self.count,))
 
     def split(self, items):
-        """Yield (item, counted) of this process's part of a list. All processes get equally many, as with sharded
-        weights a forward pass needs them all: where counted is False the item is another one's, and must not count."""
+        """Yield (item, counted) of this process's part of a list. All processes get equally many, because with sharded
+        weights all must run each forward pass. An item with counted False is another process's, and must not count."""
         for i in range(self.rank, math.ceil(len(items) / self.count) * self.count, self.count):
             yield items[i % len(items)], i < len(items)
 
     def run_once(self, function):
-        """function(), called in the first process alone; its result, in all."""
+        """Call function() in the first process alone; all of them get its result."""
         result = [function() if self.rank == 0 else None]
         if self.count > 1:
             with one_line_if_lost():
@@ -120,8 +120,8 @@ def read_settings(out):
 
 
 def earlier_run(settings, free):
-    """The folder, out or out/.new, with the run of these settings: finished, to be kept, or begun, to be gone on with;
-    None if it starts anew. settings: for config.json; free: names of those that may differ. Raises UserError where only
+    """The folder, out or out/.new, of a run with these settings: finished, and kept, or begun, and to be resumed; None
+    if the run starts anew. settings: for config.json; free: names of those that may differ. Raises UserError where only
     --resume or --overwrite says what is meant: the folder has a checkpoint, or a finished run with other settings."""
     out, resume, overwrite, changes = Path(settings["out"]), settings["resume"], settings["overwrite"], {}
     for folder in (out / ".new", out):
@@ -139,7 +139,7 @@ def earlier_run(settings, free):
 
 
 def open_run(settings, free, lock):
-    """The folder to work in, made, with config.json: out, or out/.new; None if the run is finished, and kept. lock: a
+    """Make the folder to work in, out or out/.new, with config.json; None if the run is finished, and kept. lock: a
     FileLock, which the system frees when this process ends, however it does. Raises UserError when another run writes
     there, the folder has files of something else, and as `earlier_run` does."""
     out = Path(settings["out"])
@@ -193,7 +193,7 @@ def finish_move(out):
 
 def save_checkpoint(out, step, parameters, optimizer, sums=(), write=True):
     """Write checkpoint/. sums: what each process has summed since the last row of metrics.jsonl. With sharded weights
-    all processes call it, and one has to write."""
+    all processes call it, and one of them writes."""
     state = gathered({"step": step, "parameters": dict(parameters), "optimizer": optimizer.state_dict(),
                       "sums": list(sums)}, write, "cpu")
     if not write:
@@ -256,9 +256,9 @@ def alarms(rows):
 
 
 class RunLog:
-    """metrics.jsonl, which the first process writes, and what is shown of it: the last row in the bar, without a
-    terminal a line for each; held-out metrics; each of `alarms` once; with --wandb, all of it there. done: the steps
-    that lie behind a run that goes on; unit: the word for what it trains on, such as pairs."""
+    """metrics.jsonl, which the first process writes, and what is shown of it: the last row in the bar (without a
+    terminal, a line for each row), held-out metrics, and each of `alarms` once; --wandb gets all of it. done: the steps
+    that a resumed run has done before; unit: the word for what it trains on, such as pairs."""
 
     def __init__(self, out, done, config, processes, bar, unit):
         self.path, self.bar, self.unit, self.warned, self.skipped = out / "metrics.jsonl", bar, unit, set(), 0

@@ -169,8 +169,8 @@ def make_optimizer(parameters, config, processes=ALONE):
 
 
 class BackwardAdamW(torch.optim.Optimizer):
-    """AdamW inside backward(): as soon as the gradient of a parameter is whole, also over processes, it updates the
-    parameter and is freed.
+    """AdamW inside backward(): as soon as a parameter's gradient is complete, summed over processes, the parameter is
+    updated and the gradient is freed.
 
     Moments have the parameter's dtype. Updates are computed in float32, a chunk at a time, and rounded stochastically
     where they are stored in bfloat16. A parameter whose gradient is not finite stays as it is.
@@ -215,8 +215,8 @@ class BackwardAdamW(torch.optim.Optimizer):
 
 
 def store(values, target, noise):
-    """Write float32 values to a target, to a bfloat16 one rounded stochastically: to one of the two neighbours, to the
-    nearer one more often, so that the mean over draws is the value. To the nearest, most small updates would be lost.
+    """Write float32 values to a target. A bfloat16 one gets them rounded stochastically: to one of two neighbours, more
+    often the nearer, so that the expectation is the value. Rounding to nearest would lose most small updates.
 
     A bfloat16 is the upper half of a float32. noise: random 16 bits, which carry from the lower half to the upper.
     """
@@ -237,7 +237,7 @@ def train_step(model, parameters, optimizer, encoded, passes, config, sums, proc
     """One optimiser step on the pairs of `passes`, an index array for each forward pass; each process runs its part of
     them. The step's metrics are added to sums. Where the loss or a gradient is not finite, weights and sums stay.
 
-    Returns whether they are finite, as a tensor: to look at it on every step would make a GPU wait.
+    Returns whether they are finite, as a tensor: reading it in every step would make the CPU wait for a GPU.
     """
     totals, step_metrics = encoded.totals(np.concatenate(passes)), {}
     for indices, counted in processes.split(passes):
@@ -290,7 +290,7 @@ def steps_of(count, per_step, config):
 
 
 def train(model, encoded, held_out, config, out, processes=ALONE):
-    """Minimise the method's loss over the encoded pairs. Writes metrics.jsonl and, when told to, checkpoint/.
+    """Minimise the method's loss over the encoded pairs. Writes metrics.jsonl and, when due, checkpoint/.
 
     held_out: pairs to measure every eval_every steps and at the end, or None. The labels of both hold reference
     log-probs. Raises KeyboardInterrupt after a signal, the checkpoint saved, and UserError when SKIPPED_IN_A_ROW steps
@@ -354,8 +354,8 @@ def base_folder(config):
 
 
 def build_model(config, base, groups=(), processes=ALONE):
-    """The model that training starts from, what is trained marked and in float32, or in bfloat16 with --low_memory.
-    groups: those of the data."""
+    """The model that training starts from. Its trainable parameters are marked, and in float32 (with --low_memory in
+    bfloat16). groups: those of the data."""
     trains_all = not (config.lora_rank or config.init_adapter or config.share)
     dtype = torch.float32 if trains_all and not config.low_memory else DTYPES[config.dtype]
     mesh = config.fsdp and processes.mesh(config.device)
@@ -367,7 +367,7 @@ def build_model(config, base, groups=(), processes=ALONE):
     for warning in adapter_warnings(model, config.init_adapter, config.template):
         print(warning)
     model.model.checkpointing = config.checkpointing
-    if mesh:  # experts, routers and gates are small: beside a frozen base, each process has all that is trained
+    if mesh:  # experts, routers and gates are small: if the base is frozen, each process holds them whole
         shard([model], mesh, [parameter for name, parameter in model.named_parameters()
                               if not trains_all and (parameter.requires_grad or is_mixture(name))])
     return model
@@ -387,7 +387,7 @@ def run(config, processes=ALONE):
     """A run, the only one in its folder: data, model, reference log-probs, training, then what `finish` does."""
     method, started, out = METHODS[config.method], time.perf_counter(), Path(config.out)
     with ExitStack() as at_the_end, one_line_if_lost():
-        lock = FileLock(out / ".lock")  # `open_run` takes it, once the data and the model are in order
+        lock = FileLock(out / ".lock")  # `open_run` takes it, once the data and the model are ready
         at_the_end.callback(lock.release)
         base = processes.run_once(lambda: base_folder(config))
         ready = time.perf_counter()
@@ -439,8 +439,8 @@ def show_answers(model, tokenizer, config, base, work):
 
 
 def is_finished(config, processes):
-    """True if the run folder holds the finished run of these settings, on the same files, to be kept. Raises UserError
-    where a run there may only be replaced with --overwrite: before anything long begins."""
+    """True if the run folder holds a finished run with these settings and input files, which is kept. Raises UserError,
+    before anything long begins, where only --overwrite may replace the run there."""
     out = Path(config.out)
     if not out.is_dir():
         return False
@@ -462,7 +462,7 @@ def check_inputs_outside(config):
 
 
 def keep_freed_memory():
-    """Keep what a step frees for the next one: glibc would give it back and fault in every page again."""
+    """Keep what a step frees for the next one: glibc would return it and fault in every page again."""
     if mallopt := sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None):
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             mallopt(parameter, 1 << 30)
@@ -479,7 +479,7 @@ def main(argv=None):
     last = replace(config, **results)
     toy.one_thread(last.model)
     if processes.run_once(lambda: is_finished(last, processes)):
-        before = []  # nothing has to be made for it
+        before = []  # its prerequisites are not needed
     for each in (*before, last) if before else ():
         print(f"{each.out}: --method {each.method} --view {each.view}", flush=True)
     for each in (*before, last):

@@ -1,5 +1,5 @@
-"""--compile: the layers are compiled twice at most, once for a single row and once for more, whatever rows and lengths
-the batches have, without a graph break; losses and gradients are those of the model that is not compiled."""
+"""--compile: the layers are compiled at most twice, for batches of one row and for batches of several, of any length
+and without a graph break; losses and gradients are those of the uncompiled model."""
 import numpy as np
 import pytest
 import torch

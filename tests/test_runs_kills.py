@@ -1,5 +1,5 @@
-"""Runs that end before their end: killed at random moments, on a full disk, by a loss that is not finite, in a folder
-that another run holds. The same command with --resume ends with the same bytes.
+"""Interrupted runs: killed at random moments, on a full disk, by a loss that is not finite, in a folder that another
+run holds. The same command with --resume ends with the same bytes.
 
     KILLS=20 python -m pytest -q tests/test_runs_kills.py     20 kills of each method; else 2
 """

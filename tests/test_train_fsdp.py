@@ -1,5 +1,5 @@
-"""With --fsdp two processes (gloo, on the CPU) hold half of the weights each, and compute what one with all of them does.
-test_runs_processes.py compares the gradients of every method.
+"""With --fsdp two processes (gloo, on the CPU) hold half of the weights each, and compute what one process with all
+weights does. test_runs_processes.py compares the gradients of every method.
 
     torchrun --nproc_per_node 2 tests/test_train_fsdp.py      the worker, in a folder with a base model and deep/
 """
