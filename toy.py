@@ -219,7 +219,7 @@ CAUTIOUS_REFUSALS = dict.fromkeys(KINDS, 0.5)
 def make_demonstrations(tokenizer, count, seed):
     """[(rendered prompt, response)] that the base model is trained on: the base policy's answers over all tasks and,
     for two in five, a "label:" turn that says whether the prompt asks for harm, and its context. The labels teach the
-    base to tell apart what preferences speak of; in a turn of their own, their words do not become a way to answer."""
+    base the distinctions that preferences are about; in a turn of their own, their words do not enter its answers."""
     rng, prompts, responses = random.Random(seed), [], []
     for _ in range(count):
         labelled, task, frame = rng.random() < 0.4, rng.choice(tasks()), rng.choice(frames("train"))
@@ -392,7 +392,7 @@ def make_base(folder, seed):
 
 
 def recipe(folder, seed, settings):
-    """Hash of how the base model in a folder is made and trained: a change of the toy world makes another one."""
+    """Hash of how the base model in a folder is made and trained: it changes when the toy world does."""
     return content_hash(MODEL, settings, THREADS, DEMONSTRATIONS, make_demonstrations(Tokenizer(folder), 200, seed))
 
 
