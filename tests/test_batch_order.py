@@ -91,6 +91,7 @@ def test_annotators_with_a_latent_expert_each_have_their_pairs_together(latent):
 def test_no_annotator_with_a_latent_expert_is_split_over_the_passes_of_a_step(quick, passes):
     run("run", "--method", "mix-dpo", "--lora_rank", 4, "--latent", "annotator", "--annotators", 12, "--batch_size", 4,
         "--grad_accum", 2, "--max_steps", 6)
+    passes = [(encoded, indices) for encoded, indices in passes if encoded is passes[0][0]]  # without the held-out pairs
     sizes = np.cumsum([len(indices) for _, indices in passes])
     assert sizes[-1] == 6 * 8 and len(passes) > 6
     for step in range(6):
