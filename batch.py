@@ -257,7 +257,8 @@ def fill(indices, lengths, most_pairs, most_tokens, together=None, at_once=1):
     """
     def fits(batch):
         sizes = lengths[batch].tolist()
-        return len(sizes) <= most_pairs and first_fit(sizes, max(sizes))[1] * max(sizes) <= most_tokens
+        return len(sizes) <= most_pairs and (len(sizes) * max(sizes) <= most_tokens  # even in a row of its own each
+                                             or first_fit(sizes, max(sizes))[1] * max(sizes) <= most_tokens)
 
     cuts = np.arange(1, len(indices))
     if together is not None:
@@ -278,8 +279,8 @@ def fill(indices, lengths, most_pairs, most_tokens, together=None, at_once=1):
 def split_step(indices, passes, lengths, tokens=0, processes=1, annotator=None):
     """The pairs of an optimiser step, split into this number of forward passes of equal size: [index array].
 
-    tokens: most padded tokens of a pass, which only a pair that is longer by itself exceeds. Passes are then more, a
-    multiple of the processes, and the processes run passes of similar length at the same time. annotator (count,): an
+    tokens: most padded tokens of a pass, which only a pair that is longer by itself exceeds. There are then more
+    passes, and the processes run passes of similar length at the same time. annotator (count,): an
     annotator's pairs stay together, so passes differ in size, and there may be fewer.
     """
     if tokens:

@@ -185,7 +185,8 @@ def appending(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file, open(path, "rb") as lines:
         lengths = [len(line) for line in lines if line.endswith(b"\n")]
-        file.truncate(sum(lengths))
+        if sum(lengths) < lines.tell():
+            file.truncate(sum(lengths))
         yield len(lengths), append
 
 

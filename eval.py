@@ -106,6 +106,7 @@ def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch
 
     def read():
         return {row["number"]: row for path in folder.glob(f"answers-*-{work}*.jsonl") for row in whole_rows(path)}
+
     done = {i for i in range(len(prompts)) if i % processes.count != processes.rank} | read().keys()
     path = folder / f"answers-{name}-{work}{f'-{processes.rank}' if processes.rank else ''}.jsonl"
     with appending(path) as (_, append):
@@ -113,7 +114,8 @@ def kept_answers(model, tokenizer, prompts, folder, name, processes=ALONE, batch
                                        show_progress=processes.rank == 0):
             append(row)
     processes.gather({})  # all of them are done
-    return [row for _, row in sorted(read().items())]
+    rows = read()
+    return [rows[number] for number in range(len(prompts))]
 
 
 # The toy world's table
@@ -147,7 +149,7 @@ def merge_static(policy, weights):
         with one_line(f"--static {weights}: expected numbers with commas", ValueError):
             values = [float(weight) for weight in weights.split(",")]
         if len(values) != count or not all(map(math.isfinite, values)):
-            raise UserError(f"--static {weights}: expected {count} finite numbers, one for each expert of the run")
+            raise UserError(f"--static {weights}: expected {count} finite numbers: the run has {count} experts")
         set_routers(policy, {"type": "constant", "weights": values})
     return merge_experts(policy)
 
@@ -232,7 +234,7 @@ def answer_by_all(runs, prompts, args, processes):
 def evaluate_answers(runs, args):
     """Answer prompts with runs and what they started from, judge the answers in every way that is asked for, print one
     table, and write it with all settings to --out.md and --out.json. Several processes share the answering alone."""
-    baseline, judges = args.baseline or "start", {"rule": "a refusal rule (eval.py: refuses), English only"}
+    baseline, judges = args.baseline or "start", {"rule": "a refusal rule (judges.py: refuses), English only"}
     address = r"https?://[\w.-]+(:\d{1,5})?(/[\w./-]*)?" if args.judge_model else ""
     if not re.fullmatch(address, args.judge):  # mistakes first, then the long work
         raise UserError("--judge, an address as http://localhost:8000/v1 without a key, and --judge_model go together")
@@ -407,7 +409,7 @@ def main(argv=None):
     args, asked = Settings(**given), next((flag for flag in PROGRAMS if given.get(flag)), "")
     check_device(args.device)
     for run in filter(None, (*runs, args.merge, args.export)):
-        toy.one_thread(read_settings(Path(run)).get("base", ""))
+        toy.one_thread(str(read_settings(Path(run)).get("base")))
     program, read = PROGRAMS[asked]
     check_read(given, dict.fromkeys(vars(args).keys() - {asked, "dtype", "device", *read.split()},
                                     f"with --{asked}" if asked else "for the toy world's table"))

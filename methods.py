@@ -259,8 +259,6 @@ METHODS["pmol"] = Method(
 
 def build_mixture(config, model, groups):
     """K adapters, or with --share trunk K heads, and the gate."""
-    if not groups and (config.gate == "user" or config.latent == "annotator"):
-        raise UserError("--gate user and --latent annotator: these comparisons do not say who made them")
     for folder in config.references:
         read_config(find_folder(folder))
     if config.init_adapter:
@@ -298,6 +296,12 @@ def check_mixture(config):
                             f"{config.experts} experts")
 
 
+def settle_mixture(config, groups):
+    if not groups and (config.gate == "user" or config.latent == "annotator"):
+        raise UserError("--gate user and --latent annotator: these comparisons do not say who made them")
+    return config
+
+
 def prepare_mixture(model, encoded, config):
     """labels["pooled"], (N, D), for a gate on prompts; labels["annotator"], (N,), where annotators have latents."""
     if config.gate == "prompt":
@@ -307,8 +311,8 @@ def prepare_mixture(model, encoded, config):
         encoded.labels["annotator"] = np.where(group < 0, group.max() + 1 + np.arange(len(group)), group)
 
 
-MIXTURE = dict(build=build_mixture, needs_experts=True, adapters=0, check=check_mixture, prepare=prepare_mixture,
-               schedule=anneal, report=mixture_report,
+MIXTURE = dict(build=build_mixture, needs_experts=True, adapters=0, check=check_mixture, settle=settle_mixture,
+               prepare=prepare_mixture, schedule=anneal, report=mixture_report,
                reads=("init_adapter", "beta", "experts", "share", "gate", "expert_noise", "references", "objective",
                       "latent", "q_temperature", "router_lr"))
 # The poster gives no rates. With ours, experts differ and a learned gate leaves 1/K in a few hundred steps of 8 pairs
@@ -336,7 +340,7 @@ def gate_weights(text):
 @dataclass(frozen=True)
 class SharedFlags:
     """Flags of train.py and eval.py alike."""
-    template: str = setting(None, "prompt format (default: the tokenizer's chat template)", "data", TEMPLATE_NAMES)
+    template: str = setting(None, "prompt format (default: that of the model)", "data", TEMPLATE_NAMES)
     skip_bad_rows: bool = setting(False, "leave out and count the rows that cannot be used, instead of stopping")
     reward_model: str = setting("", "score model of helpfulness: a folder or hub id", "score models")
     cost_model: str = setting("", "score model of harm, more than 0 being unsafe: a folder or hub id")
@@ -502,7 +506,7 @@ def resolve(given, inherited=None):
         raise UserError(f"--lora_rank 0: --method {config.method} trains experts; it needs a rank of at least 1")
     method.check(config)
     check_device(config.device)
-    if config.wandb and not find_spec("wandb"):
+    if config.wandb and not getattr(find_spec("wandb"), "origin", None):  # a folder of that name has none
         raise UserError("--wandb needs the wandb package: pip install wandb")
     return config
 

@@ -560,7 +560,8 @@ def stream(model, prompts, max_new_tokens, batch_size, temperature=0.0, top_p=1.
     waiting = sorted(range(N), key=lambda i: len(prompts[i]))                # the next one is the last
     B = min(batch_size, N)
     cache = KVCache(config, B, longest + max_new_tokens, weight.dtype, weight.device)
-    head = partial(few_rows, model.lm_head.weight) if type(model.lm_head) is nn.Linear else None
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    head = partial(few_rows, model.lm_head.weight) if on_cpu and type(model.lm_head) is nn.Linear else None
     hidden = weight.new_zeros(B, config.hidden_size)                         # of the last token of each row
     numbers, free = [0] * B, [*range(B)]                                     # prompts in the rows, rows without one
 

@@ -10,13 +10,14 @@ import sys
 from contextlib import suppress
 from datetime import datetime
 from functools import cache
+from time import process_time
 
 sys.path += sys.argv[1:]  # chat.py's: -I leaves a user's own site-packages out, where jinja2 may be
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY, LONGEST = 1 << 29, 4 << 20  # bytes: of addresses, of a text
-CPU_SECONDS = 1800  # in all: if chat.py is killed while a template does not end, nobody else stops it
+CPU_SECONDS = 600  # of a block: if chat.py is killed while a template does not end, nobody else stops it
 
 
 def raise_exception(message):
@@ -24,10 +25,13 @@ def raise_exception(message):
 
 
 if __name__ == "__main__":
-    for limit, most in (("FSIZE", 0), ("CPU", CPU_SECONDS), ("AS", MEMORY)):
+    def limit(name, soft, hard):
         with suppress(ImportError, ValueError, OSError):  # Windows has no limits, macOS none of memory
             import resource
-            resource.setrlimit(getattr(resource, f"RLIMIT_{limit}"), (most, most))
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (soft, hard))
+
+    limit("FSIZE", 0, 0)
+    limit("AS", MEMORY, MEMORY)
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     env.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
     env.globals |= {"raise_exception": raise_exception, "tools": None, "documents": None}
@@ -35,6 +39,7 @@ if __name__ == "__main__":
     compiled = cache(env.from_string)
     try:
         for head in sys.stdin:
+            limit("CPU", int(process_time()) + CPU_SECONDS, -1)
             template, variables, now, count = json.loads(head)
             variables["strftime_now"] = datetime.fromisoformat(now).strftime
             for messages in [sys.stdin.readline() for _ in range(count)]:  # chat.py writes all before it reads any

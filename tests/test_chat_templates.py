@@ -272,7 +272,7 @@ def test_the_worker_has_no_environment_no_files_to_write_and_little_memory(make,
     (process, _), = chat.WORKERS.values()
     assert Path(f"/proc/{process.pid}/environ").read_bytes() == b""
     limits = Path(f"/proc/{process.pid}/limits").read_text()
-    for limit in ("file size +0 +0", "address space +536870912 +536870912", "cpu time +1800 +1800"):
+    for limit in ("file size +0 +0", "address space +536870912 +536870912", "cpu time +600"):
         assert re.search(f"Max {limit} ", limits), limits
 
 
