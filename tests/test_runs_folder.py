@@ -332,7 +332,7 @@ def test_wandb_gets_every_row_and_is_missed_before_anything_is_read(quick, monke
         assert "pip install wandb" in mistake(*FLAGS, "--wandb", "project", "--out", "out/none")
     sent = []
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(
-        __spec__=True, init=lambda project, config: SimpleNamespace(log=sent.append)))
+        __spec__=SimpleNamespace(origin="wandb.py"), init=lambda project, config: SimpleNamespace(log=sent.append)))
     assert sent == rows(run("run", *FLAGS, "--wandb", "project"))
 
 
