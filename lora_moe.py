@@ -189,14 +189,10 @@ class ExpertLinear(nn.Module):
         low = (low * scaled.to(x.dtype)).flatten(-2)                                    # (..., K·R)
         return self.base(x) + F.linear(low, self.lora_B.to(x.dtype))
 
-    @property
-    def is_constant(self):
-        """True if every token gets the same weights, so that the experts could be part of the base's matrix."""
-        return self.enabled and isinstance(self.router, ConstantRouter) and self.router.weights.dim() == 1
-
     def merged_weight(self):
         """W + scale · Σ_k w_k B_k A_k in float32, for a router whose weights do not depend on the input."""
-        assert self.is_constant, "only constant weights can be merged"
+        constant = isinstance(self.router, ConstantRouter) and self.router.weights.dim() == 1  # for every token the same
+        assert self.enabled and constant, "only constant weights can be merged"
         weights = self.router.weights.repeat_interleave(self.rank) * self.scale         # (K·R,)
         return gathered(self.base.weight).float() + (self.lora_B * weights) @ self.lora_A
 
